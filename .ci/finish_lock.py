@@ -1,4 +1,4 @@
-"""Take torch out of pip-compile's output and put the explanation on top: finish_lock.py NEW LOCK."""
+"""Drop torch from the output of pip-compile, put the explanation on top: finish_lock.py NEW LOCK."""
 
 import re
 import sys

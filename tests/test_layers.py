@@ -27,6 +27,7 @@ ROOMS = (
     "bundle",
     "runtime",
     "inputs",
+    "compare",
     "evaluate",
     "profile",
     "tune",
