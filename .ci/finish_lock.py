@@ -1,4 +1,4 @@
-"""Drop torch from the output of pip-compile, put the explanation on top: finish_lock.py NEW LOCK."""
+"""Drop torch from what pip-compile wrote and explain on top: finish_lock.py NEW LOCK."""
 
 import re
 import sys
