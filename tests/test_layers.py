@@ -20,6 +20,7 @@ ROOMS = (
     "pictures",
     "preprocess",
     "overlap",
+    "labelled",
     "samples",
     "calibration",
     "cut",
