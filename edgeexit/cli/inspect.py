@@ -1,0 +1,106 @@
+"""`edgeexit inspect`: what a bundle holds."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from edgeexit.bundle import Bundle
+    from edgeexit.tflite import TensorSpec
+
+
+@click.command("inspect", short_help="show what a bundle holds")
+@click.argument("bundle", required=False, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def command(bundle: Path | None, as_json: bool) -> None:
+    """Show the segments, preprocessing, origin and policies of BUNDLE (default: the only one)."""
+    import json
+
+    from edgeexit.bundle import load_bundle
+    from edgeexit.names import only_bundle_here
+
+    loaded = load_bundle(only_bundle_here() if bundle is None else bundle)
+    document = _document(loaded)
+    if as_json:
+        click.echo(json.dumps(document, ensure_ascii=False, indent=1))
+        return
+    click.echo(_text(loaded, document))
+
+
+def _document(bundle: "Bundle") -> dict[str, Any]:
+    from edgeexit.files import read_json
+    from edgeexit.tflite import read_model
+
+    segments = [
+        {
+            "file": segment.file,
+            "exit": segment.exit,
+            "bytes": segment.bytes,
+            "operators": len(read_model(bundle.read_file(segment.file), segment.file).operators),
+            "inputs": [spec.to_document() for spec in segment.inputs],
+            "outputs": [spec.to_document() for spec in segment.outputs],
+        }
+        for segment in bundle.segments
+    ]
+    policies = {
+        device: read_json(bundle.policy_path(device)).values for device in bundle.policy_devices()
+    }
+    return {
+        "path": str(bundle.path),
+        "name": bundle.name,
+        "digest": bundle.digest,
+        "made_by": bundle.made_by,
+        "scheme": bundle.scheme,
+        "exits": list(bundle.exits),
+        "class_names": list(bundle.class_names),
+        "preprocess": bundle.preprocess.to_document(),
+        "input": bundle.input.to_document(),
+        "segments": segments,
+        "model_bytes": bundle.files[bundle.model].bytes,
+        "calibration_set": dict(bundle.calibration_set) if bundle.calibration_set else None,
+        "provenance": dict(bundle.provenance),
+        "policies": policies,
+    }
+
+
+def _shape(spec: "TensorSpec") -> str:
+    return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
+
+
+def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
+    names = bundle.class_names
+    shown = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    lines = [
+        f"{bundle.path}: {bundle.name}, {bundle.scheme}, made by {bundle.made_by}",
+        f"digest      {bundle.digest}",
+        f"input       {_shape(bundle.input)}",
+        f"classes     {len(names)}: {shown}",
+        "preprocess  "
+        + ", ".join(f"{key} {value}" for key, value in document["preprocess"].items()),
+    ]
+    chosen = bundle.calibration_set
+    lines.append(f"calibration set  {chosen['name'] if chosen else 'none'}")
+    rows = [("exit", "bytes", "ops", "hands over")]
+    for segment, entry in zip(bundle.segments, document["segments"], strict=True):
+        handed = ", ".join(map(_shape, segment.outputs[1:])) or "-"
+        rows.append((segment.exit, str(segment.bytes), str(entry["operators"]), handed))
+    rows.append(("uncut", str(document["model_bytes"]), "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines.append("")
+    lines += [
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows
+    ]
+    lines.append("")
+    for device, policy in document["policies"].items():
+        state = "" if policy.get("bundle") == bundle.digest else "  (of another bundle)"
+        lines.append(
+            f"policy {device}: {policy.get('measure')}, keeps {policy.get('kept')}, "
+            f"thresholds {policy.get('thresholds')}{state}"
+        )
+    if not document["policies"]:
+        lines.append("no policy: every input runs the full network (edgeexit tune makes one)")
+    if bundle.provenance:
+        lines.append("")
+    lines += [f"{key}: {value}" for key, value in bundle.provenance.items()]
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""
+Ask this machine the questions that the converting machine answered, and compare.
+
+Input tensors must be equal to the byte: preprocessing is the same everywhere. Logits may
+differ by 2 steps of the stored integers: kernels for other processors round differently.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgeexit.bundle import Bundle
+from edgeexit.errors import SelfTestError
+from edgeexit.runtime import Runner, runtime_name
+
+MAX_STEPS = 2
+MAX_REAL = 1e-3  # float bundles: share of the largest logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfTestReport:
+    """
+    How this machine's answers compare: *differing* of *numbers* logits, by at most *largest*.
+
+    *largest* counts steps of the stored integers; for a float bundle it is the share of the
+    largest logit.
+    """
+
+    samples: int
+    numbers: int
+    differing: int
+    largest: float
+    runtime: str
+
+    def to_document(self) -> dict[str, Any]:
+        """The object that `run --json` prints without inputs."""
+        return {
+            "selftest": "ok",
+            "samples": self.samples,
+            "logits": self.numbers,
+            "differing": self.differing,
+            "largest_difference": self.largest,
+            "runtime": self.runtime,
+        }
+
+
+def run_selftest(bundle: Bundle, threads: int = 1) -> SelfTestReport:
+    """Compare every exit's logits; SelfTestError if they differ more than kernels may."""
+    test = bundle.selftest()
+    found = []
+    with Runner(bundle, None, threads) as runner:
+        for index, sample in enumerate(test.samples):
+            tensor = runner.input_tensor(sample)
+            if not np.array_equal(tensor, test.inputs[index]):
+                raise SelfTestError(
+                    f"{bundle.path}: self-test sample {index} gives another input tensor here",
+                    hint="other versions of numpy or Pillow? say which when you report this",
+                )
+            found.append(runner.raw_logits(sample))
+    logits = np.array(found)
+    difference = np.abs(logits.astype(np.float64) - test.logits.astype(np.float64))
+    is_integer = test.logits.dtype.kind in "iu"
+    if not is_integer:
+        difference /= max(float(np.abs(test.logits).max()), 1e-9)
+    largest = float(difference.max())
+    limit = MAX_STEPS if is_integer else MAX_REAL
+    if not largest <= limit:
+        raise SelfTestError(
+            f"{bundle.path}: self-test logits differ by {largest:g} here, "
+            f"expected at most {limit:g}",
+            hint=f"this machine runs {runtime_name()}; try another version of it",
+        )
+    return SelfTestReport(
+        samples=len(test.samples),
+        numbers=int(logits.size),
+        differing=int((difference > 0).sum()),
+        largest=largest,
+        runtime=runtime_name(),
+    )
