@@ -308,7 +308,7 @@ def _read(
     if not isinstance(stored, dict):
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
     state = _state(stored, where)
-    model = _build(named, arch, kwargs, state, where)
+    model = _with_weights(named, arch, kwargs, state, where)
     found = _probe(model, input_shape, len(class_names), where)
     return Checkpoint(
         model=model,
@@ -363,7 +363,7 @@ def _plain_state(
     input_shape = purpose.input_shape
     if input_shape is None:
         input_shape = _image_shape(purpose.preprocess)
-    model = _build(arch, arch, {}, _state(inner, where), where)
+    model = _with_weights(arch, arch, {}, _state(inner, where), where)
     return Checkpoint(
         model=model,
         arch=arch,
@@ -502,30 +502,42 @@ def _current_folder_importable() -> Iterator[None]:
         sys.path.remove(here)
 
 
-def _build(
+def build_network(
+    named: str, kwargs: dict[str, Any], where: str, *, arch: str | None = None
+) -> nn.Module:
+    """
+    The untrained network that the file *where* names; *arch* is what the user named, or None.
+
+    BadFile if the file may not name it or its *kwargs* do not fit; UsageError if *arch* differs
+    or its code fails.
+    """
+    if arch is not None and arch != named:
+        raise UsageError(
+            f"{where}: names arch {named!r}, but --arch says {arch!r}",
+            hint=f"if you trust that code: --arch {named}",
+        )
+    if arch is not None and named not in OWN_FACTORIES:
+        return _foreign(named, kwargs)
+    factory = own_factory(named, where)
+    try:
+        return factory(**kwargs)
+    except EdgeExitError as error:
+        raise BadFile(f"{where}: kwargs: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise BadFile(f"{where}: kwargs do not fit {named}: {error}") from error
+
+
+def _with_weights(
     named: str,
     arch: str | None,
     kwargs: dict[str, Any],
     state: dict[str, torch.Tensor],
     where: str,
 ) -> nn.Module:
-    """The network that the file names (*arch*: what the user named) with its weights, in eval."""
-    if arch is not None and arch != named:
-        raise UsageError(
-            f"{where}: was saved with arch {named!r}, but --arch says {arch!r}",
-            hint=f"if you trust that code: --arch {named}",
-        )
-    if arch is None or named in OWN_FACTORIES:
-        factory = own_factory(named, where)
-        try:
-            with torch.device("meta"):
-                model = factory(**kwargs)
-        except EdgeExitError as error:
-            raise BadFile(f"{where}: kwargs: {error}") from error
-        except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-            raise BadFile(f"{where}: kwargs do not fit {named}: {error}") from error
-    else:
-        model = _foreign(named, kwargs)
+    """The network that the file names, with its weights, in eval mode."""
+    # Foreign code may not work without memory; own code may be asked for too much of it.
+    with torch.device("meta" if named in OWN_FACTORIES else "cpu"):
+        model = build_network(named, kwargs, where, arch=arch)
     expected = model.state_dict()
     _compare(expected, state, where)
     cast = {name: state[name].to(expected[name].dtype) for name in expected}

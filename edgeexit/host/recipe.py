@@ -1,0 +1,213 @@
+"""
+The training recipe: a TOML document, read strictly into frozen data.
+
+Hidden here: the defaults, and that a misspelt key, a number out of range or an augmentation
+that does not fit the kind of sample is refused before any work starts. docs/formats.md
+("Training recipe") is the description for people.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeexit.errors import BadFile
+from edgeexit.files import Table, digest_of, json_bytes, read_toml
+from edgeexit.preprocess import Preprocess
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPart:
+    """Which net: *arch* and *kwargs* as in a checkpoint; *input_shape* is (1, ...)."""
+
+    arch: str
+    kwargs: dict[str, Any]
+    input_shape: tuple[int, ...]
+    initial_weights: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataPart:
+    """Which samples: a *kind* of source at *path*; *holdout* of them choose the best epoch."""
+
+    kind: str
+    path: str
+    holdout: int
+    class_names: tuple[str, ...] | None
+    calibration_set: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """
+    Random changes of each training sample: *flip* left-right with probability 1/2, *shift* by
+    up to that many pixels, *erase* a rectangle with that probability (images); *noise* adds
+    normal noise of that standard deviation in units of the normalised input (any kind).
+    """
+
+    flip: bool = False
+    shift: int = 0
+    erase: float = 0.0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPart:
+    """How to train: see docs/formats.md. *exit_weights* is one number per exit, or empty: all 1."""
+
+    regime: str
+    epochs: int
+    batch: int
+    seed: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    warmup: float
+    label_smoothing: float
+    distillation: float
+    exit_weights: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training recipe; *digest* is that of its meaning, not of its layout and comments."""
+
+    path: Path
+    digest: str
+    model: ModelPart
+    data: DataPart
+    preprocess: Preprocess
+    augmentation: Augmentation
+    training: TrainingPart
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read *path*. UsageError if it is absent, BadFile if anything in it is not understood."""
+    table = read_toml(path)
+    table.expect_format(1)
+    table.only("format", "model", "data", "preprocess", "augmentation", "training")
+    preprocess = Preprocess.from_table(table.table("preprocess"))
+    recipe = Recipe(
+        path=path,
+        digest=digest_of(json_bytes(_plain(table.values, table.where))),
+        model=_model(table.table("model")),
+        data=_data(table.table("data")),
+        preprocess=preprocess,
+        augmentation=_augmentation(_optional(table, "augmentation"), preprocess.kind),
+        training=_training(table.table("training")),
+    )
+    _check_input_shape(recipe, str(path))
+    return recipe
+
+
+def _optional(table: Table, key: str) -> Table:
+    return table.table(key) if key in table else Table({}, f"{table.where}: {key}")
+
+
+def _plain(value: Any, where: str) -> Any:
+    """*value* with sorted keys; TOML's dates, NaN and infinity have no place in a recipe."""
+    if isinstance(value, dict):
+        return {key: _plain(value[key], where) for key in sorted(value)}
+    if isinstance(value, list):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        raise BadFile(f"{where}: found {value!r}, expected a finite number")
+    if not isinstance(value, str | int | float):
+        raise BadFile(f"{where}: found {value!r}, expected text, numbers, true or false")
+    return value
+
+
+def _within(table: Table, key: str, low: float, high: float, default: float | None = None) -> float:
+    """The number at *key*, in low..high; a missing one is *default*, or refused without one."""
+    if default is not None and key not in table:
+        return default
+    value = table.get(key, float)
+    if not low <= value <= high:
+        raise BadFile(f"{table.where}.{key}: found {value:g}, expected {low:g} to {high:g}")
+    return value
+
+
+def _whole(table: Table, key: str, low: int, high: int, default: int | None = None) -> int:
+    """Like _within for whole numbers."""
+    if default is not None and key not in table:
+        return default
+    value = table.get(key, int)
+    if not low <= value <= high:
+        raise BadFile(f"{table.where}.{key}: found {value}, expected {low} to {high}")
+    return value
+
+
+def _model(table: Table) -> ModelPart:
+    table.only("arch", "kwargs", "input_shape", "initial_weights")
+    shape = tuple(table.list_of("input_shape", int))
+    if len(shape) < 2 or shape[0] != 1 or min(shape) < 1:
+        raise BadFile(f"{table.where}.input_shape: found {list(shape)}, expected [1, ...]")
+    weights = table.find("initial_weights", str, "")
+    return ModelPart(
+        arch=table.get("arch", str),
+        kwargs=dict(table.find("kwargs", dict, {})),
+        input_shape=shape,
+        initial_weights=Path(weights) if weights else None,
+    )
+
+
+def _data(table: Table) -> DataPart:
+    table.only("kind", "path", "holdout", "class_names", "calibration_set")
+    names = tuple(table.list_of("class_names", str)) if "class_names" in table else None
+    if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
+        raise BadFile(f"{table.where}.class_names: expected two or more, all different")
+    return DataPart(
+        kind=table.get("kind", str),
+        path=table.get("path", str),
+        holdout=_whole(table, "holdout", 1, 10_000_000),
+        class_names=names,
+        calibration_set=table.find("calibration_set", str, "") or None,
+    )
+
+
+def _augmentation(table: Table, kind: str) -> Augmentation:
+    if kind == "image":
+        table.only("flip", "shift", "erase", "noise")
+    else:
+        table.only("noise")
+    return Augmentation(
+        flip=table.find("flip", bool, False),
+        shift=_whole(table, "shift", 0, 1024, 0),
+        erase=_within(table, "erase", 0, 1, 0),
+        noise=_within(table, "noise", 0, 100, 0),
+    )
+
+
+def _training(table: Table) -> TrainingPart:
+    table.only(*TrainingPart.__dataclass_fields__)
+    weights = tuple(table.list_of("exit_weights", float)) if "exit_weights" in table else ()
+    if any(not 0 <= weight <= 1000 for weight in weights) or (weights and weights[-1] == 0):
+        raise BadFile(
+            f"{table.where}.exit_weights: found {list(weights)}, expected numbers of 0 to 1000, "
+            "the final exit's above 0"
+        )
+    return TrainingPart(
+        regime=table.find("regime", str, "joint"),
+        epochs=_whole(table, "epochs", 1, 100_000),
+        batch=_whole(table, "batch", 2, 65_536, 128),
+        seed=_whole(table, "seed", 0, 2**31 - 1, 0),
+        learning_rate=_within(table, "learning_rate", 1e-9, 100),
+        momentum=_within(table, "momentum", 0, 0.9999, 0.9),
+        weight_decay=_within(table, "weight_decay", 0, 1, 0),
+        warmup=_within(table, "warmup", 0, 0.9, 0.2),
+        label_smoothing=_within(table, "label_smoothing", 0, 0.9, 0),
+        distillation=_within(table, "distillation", 0, 100, 0),
+        exit_weights=weights,
+    )
+
+
+def _check_input_shape(recipe: Recipe, where: str) -> None:
+    if recipe.preprocess.kind != "image":
+        return
+    height, width, channels = recipe.preprocess.sample_shape
+    shapes = {"nchw": (1, channels, height, width), "nhwc": (1, height, width, channels)}
+    wanted = shapes[recipe.preprocess.layout]
+    if recipe.model.input_shape != wanted:
+        raise BadFile(
+            f"{where}: model.input_shape: found {list(recipe.model.input_shape)}, "
+            f"preprocess makes {list(wanted)}"
+        )
