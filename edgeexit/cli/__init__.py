@@ -81,7 +81,10 @@ def main() -> None:
 def entry(argv: Sequence[str] | None = None) -> int:
     """Run the command line with *argv* (default: the process's) and return its exit code."""
     try:
-        main.main(args=None if argv is None else list(argv), standalone_mode=False)
+        code = main.main(args=None if argv is None else list(argv), standalone_mode=False)
+        # click turns Exit(code) into this value; commands themselves return None.
+        if isinstance(code, int):
+            return code
     except EdgeExitError as error:
         return _refuse(str(error), error.hint, error.exit_code)
     except click.exceptions.Exit as error:

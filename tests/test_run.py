@@ -1,0 +1,195 @@
+"""`edgeexit run` as a user types it."""
+
+import io
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_runtime import SAMPLES, make_bundle, stop_at
+
+from edgeexit.bundle import Bundle
+from edgeexit.cli import entry
+from edgeexit.journal import Journal
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bundle:
+    monkeypatch.chdir(tmp_path)
+    made = make_bundle(tmp_path)
+    for index, sample in enumerate(SAMPLES):
+        Image.fromarray(sample[..., 0]).save(tmp_path / f"{index}.png")
+    return made
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_selftest(bundle: Bundle, capsys: Captured) -> None:
+    assert entry(["run"]) == 0
+    assert "self-test ok: 6 samples" in capsys.readouterr().out
+    assert entry(["run", "--json"]) == 0
+    assert lines(capsys.readouterr().out)[0]["selftest"] == "ok"
+
+
+@pytest.mark.parametrize(("change", "code"), [(1, 0), (2, 0), (3, 10)])
+def test_selftest_allows_two_steps(
+    tmp_path: Path, capsys: Captured, change: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeexit.runtime import Runner
+
+    made = make_bundle(tmp_path)
+    original = Runner.raw_logits
+
+    def other(self: Runner, sample: object) -> np.ndarray:
+        found = original(self, sample).copy()
+        found[0, 0] += change if found[0, 0] < 100 else -change
+        return found
+
+    monkeypatch.setattr(Runner, "raw_logits", other)
+    assert entry(["run", str(made.path)]) == code
+    captured = capsys.readouterr()
+    assert ("differ" in captured.out) == (code == 0)
+    assert captured.err.startswith("Error: ") == (code == 10)
+
+
+def test_json_lines_have_exactly_the_promised_keys(bundle: Bundle, capsys: Captured) -> None:
+    assert entry(["run", "0.png", "1.png", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = lines(captured.out)
+    assert [answer["input"] for answer in found] == ["0.png", "1.png"]
+    assert list(found[0]) == ["input", "label", "class", "confidence", "exit", "latency_ms"]
+    assert "no policy" in captured.err
+
+
+def test_all_exits_and_top(bundle: Bundle, capsys: Captured) -> None:
+    stop_at(bundle, "exit0").save(bundle.policy_path("host"))
+    assert entry(["run", "0.png", "--json", "--all-exits", "--top", "2"]) == 0
+    answer = lines(capsys.readouterr().out)[0]
+    assert np.shape(answer["logits"]) == (3, 4)
+    assert answer["exit"] == 2
+    top = answer["top"]
+    assert isinstance(top, list)
+    assert (len(top), top[0]["label"]) == (2, answer["label"])
+
+
+def test_policy_file_and_none(bundle: Bundle, tmp_path: Path, capsys: Captured) -> None:
+    stop_at(bundle, "exit1").save(tmp_path / "p.json")
+    assert entry(["run", "tiny.edgeexit/", "0.png", "--json", "--policy", "p.json"]) == 0
+    assert lines(capsys.readouterr().out)[0]["exit"] == 1
+    assert entry(["run", "--bundle", "tiny.edgeexit", "0.png", "--json", "--policy", "none"]) == 0
+    assert lines(capsys.readouterr().out)[0]["exit"] == 2
+
+
+def test_min_confidence(bundle: Bundle, capsys: Captured) -> None:
+    assert entry(["run", "0.png", "--json", "--min-confidence", "1.5"]) == 0
+    assert lines(capsys.readouterr().out)[0]["class"] == "unsure"
+
+
+def test_a_bad_picture_among_many_is_reported_and_the_others_go_on(
+    bundle: Bundle, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "bad.png").write_bytes((tmp_path / "0.png").read_bytes()[:60])
+    assert entry(["run", "0.png", "bad.png", "absent.png", "1.png", "--json"]) == 3
+    captured = capsys.readouterr()
+    assert [answer["input"] for answer in lines(captured.out)] == ["0.png", "1.png"]
+    errors = [line for line in captured.err.splitlines() if line.startswith("Error: ")]
+    assert [("bad.png" in errors[0]), ("absent.png" in errors[1])] == [True, True]
+    assert "2 answered, 2 failed" in captured.err
+
+
+def test_every_kind_of_input_gives_the_same_answers(
+    bundle: Bundle, tmp_path: Path, capsys: Captured
+) -> None:
+    np.save(tmp_path / "all.npy", SAMPLES)
+    np.save(tmp_path / "one.npy", SAMPLES[0])
+    np.savez(tmp_path / "all.npz", samples=SAMPLES)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for path in tmp_path.glob("*.png"):
+        path.rename(folder / path.name)
+    found = {}
+    for name in ("all.npy", "all.npz", "pictures", "pictures/*.png"):
+        assert entry(["run", name, "--json"]) == 0
+        found[name] = [a["confidence"] for a in lines(capsys.readouterr().out)]
+    assert entry(["run", "one.npy", "--json"]) == 0
+    assert lines(capsys.readouterr().out)[0]["confidence"] == found["all.npy"][0]
+    assert all(row == found["all.npy"] for row in found.values())
+
+
+def frame(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def run_frames(stream: bytes, *options: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "edgeexit", "run", "-", "--json", *options]
+    return subprocess.run(command, input=stream, capture_output=True, timeout=60, check=False)
+
+
+def test_frames_on_stdin(bundle: Bundle, tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, SAMPLES[1])
+    picture = frame((tmp_path / "0.png").read_bytes())
+    stream = picture + frame(b"junk") + frame(buffer.getvalue())
+
+    done = run_frames(stream)
+    assert done.returncode == 3
+    assert [a["input"] for a in lines(done.stdout.decode())] == ["-[0]", "-[2]"]
+    assert b"Traceback" not in done.stderr
+
+    cut_off = run_frames(picture + picture[:-5])
+    assert cut_off.returncode == 3
+    assert len(lines(cut_off.stdout.decode())) == 1
+
+
+def test_signals_show_the_summary(bundle: Bundle, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "edgeexit", "run", "-", "--json"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None and child.stdout is not None and child.stderr is not None
+        child.stdin.write(frame((tmp_path / "0.png").read_bytes()))
+        child.stdin.flush()
+        child.stdout.readline()
+        os.kill(child.pid, signal.SIGUSR1)
+        time.sleep(0.5)
+        os.kill(child.pid, signal.SIGINT)
+        time.sleep(0.5)
+        child.stdin.close()
+        errors = child.stderr.read().decode()
+    assert errors.count("1 answered") >= 1
+    assert "Traceback" not in errors
+    assert child.returncode == 130
+
+
+def test_log_and_annotate(bundle: Bundle, tmp_path: Path) -> None:
+    assert entry(["run", "0.png", "1.png", "--log", "log.jsonl", "--annotate", "out"]) == 0
+    assert len(lines((tmp_path / "log.jsonl").read_text())) == 2
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000001-0.png", "000002-1.png"]
+
+
+def test_log_rotates(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "log.jsonl", limit_bytes=100)
+    for number in range(60):
+        journal.write({"number": number})
+    journal.close()
+    files = sorted(p.name for p in tmp_path.iterdir())
+    assert files == ["log.jsonl", "log.jsonl.1", "log.jsonl.2", "log.jsonl.3"]
+    assert all(p.stat().st_size <= 100 for p in tmp_path.iterdir())
+    assert lines((tmp_path / "log.jsonl").read_text())[-1] == {"number": 59}
+
+
+def test_nothing_to_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert entry(["run"]) == 2
+    assert entry(["run", "absent.edgeexit"]) == 2
