@@ -1,0 +1,68 @@
+"""
+What every measurement shares: fresh worker processes, medians with a spread, results as JSON.
+
+A single process is not a measurement on a shared machine (its median differs by up to ±20 %
+from the next one's), so every ratio is taken inside a process and the spread is over processes.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+CHECKOUT = HERE.parent
+
+
+def in_processes(count: int, script: str, *args: str) -> list[dict[str, Any]]:
+    """Run `bench/SCRIPT --worker ARGS` in *count* fresh processes, one after another."""
+    answers = []
+    for index in range(count):
+        command = [sys.executable, str(HERE / script), "--worker", *args, "--seed", str(index)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        answers.append(json.loads(done.stdout.splitlines()[-1]))
+        print(f"  process {index + 1}/{count}", file=sys.stderr)
+    return answers
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest of *values*, and how many there are."""
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "processes": len(values),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What this was measured on, without anything that names the machine itself."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "load": round(os.getloadavg()[0], 2),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def save(name: str, command: str, figures: Mapping[str, Any]) -> None:
+    """Write bench/results/NAME.json: the figures, the command that made them, the machine."""
+    RESULTS.mkdir(exist_ok=True)
+    document = {"command": command, "machine": machine(), **figures}
+    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))

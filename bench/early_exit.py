@@ -1,0 +1,74 @@
+"""
+What early exit saves: the demo's policy against its rivals, over fresh processes.
+
+    python bench/early_exit.py [--processes 10]
+
+Latency is Runner.__call__ on an in-memory sample of the `report` split, preprocessing included,
+one thread, the runners taking turns. The rivals: the same network without exits, and the
+cheapest single exit that is within the same budget on `tuning`, each cut out alone.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from common import in_processes, save, spread
+
+
+def worker(path: Path, seed: int) -> dict[str, float]:
+    from edgeexit import tune
+    from edgeexit.bundle import load_bundle
+    from edgeexit.compare import race
+    from edgeexit.demo import contenders
+    from edgeexit.samples import find_set
+
+    bundle = load_bundle(path)
+    policy = bundle.policy_for("host")
+    assert policy is not None
+    runners = contenders(bundle, policy, tune.best_static_exit(policy))
+    samples = list(find_set("fashion-mnist").split("report").samples)
+    found = race(runners, samples, passes=3, seed=seed)
+    return {
+        **{f"{name}_us": found.latency_ms(name) * 1e3 for name in runners},
+        "faster_than_static": found.speed_up("policy", "static"),
+        "faster_than_best_static": found.speed_up("policy", "best_static"),
+        "faster_than_full": found.speed_up("policy", "full"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--processes", type=int, default=10)
+    parser.add_argument("--worker", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(worker(options.worker, options.seed)))
+        return
+    from edgeexit import demo, profile, tune
+    from edgeexit.evaluate import evaluate
+    from edgeexit.samples import find_set
+
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = demo.copy_of_shipped_bundle(Path(folder))
+        costs = profile.measure(bundle, "host", processes=5, time_cap_s=40)
+        policy = tune.choose(demo.shipped_record(), costs, demo.MAX_ACCURACY_DROP)
+        policy.save(bundle.policy_path("host"))
+        report = find_set("fashion-mnist").split("report")
+        full, tuned = evaluate(bundle, report, None), evaluate(bundle, report, policy)
+        runs = in_processes(options.processes, "early_exit.py", str(bundle.path))
+    figures = {
+        "accuracy_full": full.accuracy,
+        "accuracy_policy": tuned.accuracy,
+        "exit_rates": list(tuned.exit_rates),
+        "thresholds": [str(value) for value in policy.thresholds],
+        "measure": policy.measure,
+        "best_static_exit": tune.best_static_exit(policy),
+        **{key: spread([run[key] for run in runs]) for key in runs[0]},
+    }
+    save("early_exit", "python bench/early_exit.py", figures)
+
+
+if __name__ == "__main__":
+    main()

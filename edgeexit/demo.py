@@ -1,0 +1,206 @@
+"""
+The main job on the shipped example: profile, tune, run, and an honest comparison.
+
+Callers see run_demo and Demo. Everything here is what a user does by hand with `profile`,
+`tune`, `run` and `evaluate`; nothing is read from earlier results except the shipped record
+of int8 logits, which `evaluate --record` made.
+"""
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeexit import compare, names, profile, tune
+from edgeexit.bundle import Bundle, load_bundle
+from edgeexit.device import this_device
+from edgeexit.errors import UsageError
+from edgeexit.evaluate import Evaluation, Record, evaluate, record
+from edgeexit.files import read_json
+from edgeexit.policy import Policy
+from edgeexit.preprocess import load_image
+from edgeexit.profile import Profile
+from edgeexit.runtime import Prediction, Runner
+from edgeexit.samples import CalibrationSet, find_set
+
+BUNDLE = "fashion.edgeexit"
+RECORD = "fashion-record.npz"
+PICTURES = "images"
+MAX_ACCURACY_DROP = 0.01
+
+PASSES = 5
+
+# Told what is going on and how far it has come (0..1); 1 ends a step.
+Step = Callable[[str, float], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One shipped picture, the class it shows, and the policy's answer."""
+
+    path: Path
+    expected: str
+    prediction: Prediction
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """
+    What the demo measured, all on the `report` split and on this machine.
+
+    *full* and *tuned* are evaluations of the full int8 network and of the policy; *race*
+    holds the interleaved latencies of "full" (every exit computed), "static" (final exit
+    alone), "best_static" (the cheapest single exit within the budget) and "policy".
+    """
+
+    profile: Profile
+    policy: Policy
+    full: Evaluation
+    tuned: Evaluation
+    race: compare.Race
+    best_static_exit: str
+    pictures: Sequence["Picture"]
+
+    def to_document(self) -> dict[str, Any]:
+        """The object that `edgeexit demo --json` prints; latencies in ms, accuracies 0..1."""
+        return {
+            "accuracy_full": self.full.accuracy,
+            "accuracy_policy": self.tuned.accuracy,
+            "latency_full_ms": self.race.latency_ms("full"),
+            "latency_static_ms": self.race.latency_ms("static"),
+            "latency_best_static_ms": self.race.latency_ms("best_static"),
+            "best_static_exit": self.best_static_exit,
+            "latency_policy_ms": self.race.latency_ms("policy"),
+            "exit_rates": list(self.tuned.exit_rates),
+        }
+
+
+def example(name: str) -> Path:
+    """The path of the shipped example file or folder *name*; UsageError if it is not shipped."""
+    path = names.data_folder("examples") / name
+    if not path.exists():
+        raise UsageError(
+            f"{path}: not shipped with this installation",
+            hint="work in a checkout of the project, which holds all examples",
+        )
+    return path
+
+
+def contenders(bundle: Bundle, policy: Policy, best_static_exit: str) -> dict[str, Runner]:
+    """
+    The four runners that the demo and `bench/` race against each other.
+
+    "best_static" is the bundle cut down to *best_static_exit* alone, without other heads;
+    "static" the same for the final exit.
+    """
+
+    def alone(exit_name: str) -> Policy:
+        return Policy.forced(bundle, exit=exit_name, kept=(exit_name,))
+
+    return {
+        "full": Runner(bundle, policy=None, preload=True),
+        "static": Runner(bundle, policy=alone(bundle.exits[-1]), preload=True),
+        "best_static": Runner(bundle, policy=alone(best_static_exit), preload=True),
+        "policy": Runner(bundle, policy=policy, preload=True),
+    }
+
+
+def run_demo(bundle: Bundle, *, logits: Record | None = None, on_step: Step | None = None) -> Demo:
+    """
+    Profile, tune and run *bundle* on this machine and compare it with its rivals.
+
+    *logits* is the record of the `tuning` and `certificate` splits; None makes it now, for which
+    those splits must be installed. The policy is saved into *bundle*. Raises what profile, tune
+    and evaluate raise; OutOfReach if no policy passes its check.
+    """
+    step = on_step or _silent
+    named = bundle.calibration_set
+    if named is None:
+        raise UsageError(f"{bundle.path}: names no calibration set")
+    origin = find_set(named["name"])
+    device = this_device()
+
+    costs = profile.measure(bundle, device, on_step=lambda done: step("profile", min(done, 0.999)))
+    step("profile", 1.0)
+    if logits is None:
+        logits = _fresh_record(bundle, origin, step)
+    tune.check_inputs(bundle, logits, costs, device)
+    policy = tune.choose(logits, costs, MAX_ACCURACY_DROP)
+    policy.save(bundle.policy_path(device))
+    step("tune", 1.0)
+
+    with Runner(bundle, policy=policy) as runner:
+        pictures = [
+            Picture(
+                path=path,
+                expected=expected,
+                prediction=runner(load_image(path, bundle.preprocess)),
+            )
+            for path, expected in shipped_pictures()
+        ]
+    step("run", 1.0)
+
+    report = origin.split("report")
+    full = evaluate(bundle, report, None)
+    step("evaluate", 0.5)
+    tuned = evaluate(bundle, report, policy)
+    step("evaluate", 1.0)
+    best = tune.best_static_exit(policy)
+    runners = contenders(bundle, policy, best)
+    total, answered = PASSES * len(runners) * len(report), 0
+
+    def advance(answers: int) -> None:
+        nonlocal answered
+        answered += answers
+        step("compare", answered / total)
+
+    race = compare.race(runners, list(report.samples), passes=PASSES, on_step=advance)
+    for runner in runners.values():
+        runner.close()
+    return Demo(
+        profile=costs,
+        policy=policy,
+        full=full,
+        tuned=tuned,
+        race=race,
+        best_static_exit=best,
+        pictures=pictures,
+    )
+
+
+def shipped_pictures() -> list[tuple[Path, str]]:
+    """The shipped pictures with the name of the class that each shows, in file order."""
+    folder = example(PICTURES)
+    expected = read_json(folder / "expected.json")
+    return [(folder / name, expected.get(name, str)) for name in expected.values]
+
+
+def copy_of_shipped_bundle(folder: Path) -> Bundle:
+    """The shipped bundle, copied below *folder*: what is installed may be read-only."""
+    target = folder / BUNDLE
+    shutil.copytree(example(BUNDLE), target, ignore=shutil.ignore_patterns("policies"))
+    return load_bundle(target)
+
+
+def shipped_record() -> Record:
+    """The shipped record of the shipped bundle's `tuning` and `certificate` splits."""
+    return Record.load(example(RECORD))
+
+
+def _fresh_record(bundle: Bundle, origin: CalibrationSet, step: Step) -> Record:
+    parts = [origin.split(split) for split in (tune.TUNING, tune.CERTIFICATE)]
+    total, answered = sum(map(len, parts)), 0
+
+    def advance(answers: int) -> None:
+        nonlocal answered
+        answered += answers
+        step("record", min(answered / total, 0.999))
+
+    made = record(bundle, parts, set_name=origin.name, set_digest=origin.digest, on_step=advance)
+    step("record", 1.0)
+    return made
+
+
+def _silent(name: str, done: float) -> None:
+    pass
