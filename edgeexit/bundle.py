@@ -402,6 +402,16 @@ def _check(bundle: Bundle, where: str) -> None:
 # ---------------------------------------------------------------- writing
 
 
+def check_target(path: Path) -> None:
+    """UsageError if *path* holds something that a new bundle must not replace."""
+    if (
+        path.exists()
+        and not (path / MANIFEST).is_file()
+        and (path.is_file() or any(path.iterdir()))
+    ):
+        raise UsageError(f"{path}: exists and is not a bundle", hint="choose another -o")
+
+
 def write_bundle(
     path: Path | str,
     *,
@@ -426,12 +436,7 @@ def write_bundle(
     something else stands there, Unsupported if the model cannot be served, StorageError.
     """
     path = Path(path)
-    if (
-        path.exists()
-        and not (path / MANIFEST).is_file()
-        and (path.is_file() or any(path.iterdir()))
-    ):
-        raise UsageError(f"{path}: exists and is not a bundle", hint="choose another -o")
+    check_target(path)
     plans = cut(model_data, exits)
     inputs, outputs = model_io(model_data)
     if len(inputs) != 1:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_runtime import SAMPLES, make_bundle, stop_at
+from tiny import tiny_model
 
 from edgeexit.bundle import Bundle
 from edgeexit.cli import entry
@@ -193,3 +194,31 @@ def test_nothing_to_run_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     assert entry(["run"]) == 2
     assert entry(["run", "absent.edgeexit"]) == 2
+
+
+def test_arrays(tmp_path: Path, capsys: Captured) -> None:
+    from edgeexit.bundle import write_bundle
+    from edgeexit.preprocess import Preprocess
+
+    model = tiny_model()
+    samples = np.random.default_rng(0).random((3, 12, 10, 1)).astype(np.float32)
+    made = write_bundle(
+        tmp_path / "array.edgeexit",
+        name="array",
+        model_data=model.data,
+        exits=model.exits,
+        class_names=list("abcd"),
+        preprocess=Preprocess(kind="array", layout="as-is"),
+        selftest=samples,
+        scheme="int8",
+        provenance={},
+    )
+    np.save(tmp_path / "all.npy", samples)
+    np.save(tmp_path / "wrong.npy", samples[:, :5])
+    np.save(tmp_path / "nan.npy", samples[0] * np.float32("nan"))
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY\x01\x00\xff\xff")
+    assert entry(["run", str(made.path)]) == 0
+    assert entry(["run", str(made.path), str(tmp_path / "all.npy"), "--json"]) == 0
+    assert len(lines(capsys.readouterr().out.partition("\n")[2])) == 3
+    for name, code in (("wrong", 2), ("nan", 2), ("broken", 3)):
+        assert entry(["run", str(made.path), str(tmp_path / f"{name}.npy")]) == code
