@@ -113,9 +113,7 @@ def cut(
         }
         plans.append(
             SegmentPlan(
-                data=write_model(
-                    model, operators, inputs, outputs, description=f"edgeexit segment {position}"
-                ),
+                data=write_model(model, operators, inputs, outputs, description="edgeexit segment"),
                 exit=name,
                 inputs=_specs(model, inputs),
                 outputs=_specs(model, outputs),
