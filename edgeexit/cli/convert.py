@@ -1,0 +1,136 @@
+"""edgeexit convert: a checkpoint goes in, a bundle of segments comes out."""
+
+import sys
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgeexit.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.bundle import Bundle
+
+
+@click.command("convert", short_help="turn a checkpoint into a bundle of int8 segments")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="default: ./NAME.edgeexit")
+@click.option(
+    "--calibration",
+    metavar="NAME|FOLDER|FILE.npz",
+    help="samples for activation ranges; default: the set that the checkpoint names",
+)
+@click.option("--scheme", default="int8", show_default=True, help="int8 or float")
+@click.option(
+    "--arch",
+    metavar="MODULE:FACTORY",
+    help="the code that builds the network; needed for a plain state_dict and foreign code",
+)
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def command(
+    model: Path,
+    out: Path | None,
+    calibration: str | None,
+    scheme: str,
+    arch: str | None,
+    as_json: bool,
+) -> None:
+    """
+    Turn the checkpoint MODEL into a bundle of segments, one per exit.
+
+    Each step is checked on real samples: the lowered network against torch, the chain of
+    segments against the uncut network. A model file with --arch runs that module's code.
+
+    \b
+    edgeexit convert model.pt                            # -> ./model.edgeexit
+    edgeexit convert model.pt --calibration pictures/    # class subfolders
+    edgeexit convert model.pt --scheme float -o reference.edgeexit
+    """
+    from importlib.util import find_spec
+
+    absent = [
+        name for name in ("torch", "litert_torch", "ai_edge_quantizer") if not find_spec(name)
+    ]
+    if absent:
+        raise UsageError(
+            f"convert needs the host side; not installed here: {', '.join(absent)}",
+            hint='pip install "edgeexit[torch]" (see README, "Install")',
+        )
+    from edgeexit.host.convert import convert
+
+    steps = _Steps()
+    bundle = convert(model, out, calibration, scheme, arch, steps)
+    click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
+
+
+class _Steps:
+    """Shows each step on stderr and keeps how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._started = 0.0
+        self._is_terminal = sys.stderr.isatty()
+
+    def __call__(self, name: str, done: float) -> None:
+        if done == 0.0:
+            self._started = perf_counter()
+        elapsed = perf_counter() - self._started
+        if done >= 1.0:
+            self.seconds[name] = elapsed
+            click.echo(f"{self._erase}{name:<20} {elapsed:6.1f} s", err=True)
+        elif self._is_terminal:
+            click.echo(f"{self._erase}{name:<20} {done:5.0%}", err=True, nl=False)
+
+    @property
+    def _erase(self) -> str:
+        return "\r\x1b[K" if self._is_terminal else ""
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _document(bundle: "Bundle", steps: _Steps) -> str:
+    from edgeexit.files import json_bytes
+
+    document: dict[str, Any] = {
+        "bundle": str(bundle.path),
+        "digest": bundle.digest,
+        "scheme": bundle.scheme,
+        "exits": list(bundle.exits),
+        "segment_bytes": [segment.bytes for segment in bundle.segments],
+        "model_bytes": bundle.files[bundle.model].bytes,
+        "ranges": bundle.provenance["ranges"],
+        "float_agreement": bundle.provenance["float_agreement"],
+        "outside_xnnpack": bundle.provenance["outside_xnnpack"],
+        "seconds": {name: round(value, 3) for name, value in steps.seconds.items()},
+        "peak_bytes": _peak_bytes(),
+    }
+    return json_bytes(document).decode().rstrip()
+
+
+def _table(bundle: "Bundle", steps: _Steps) -> str:
+    origin = bundle.provenance
+    lines = [
+        f"{bundle.path}: {len(bundle.exits)} exits, {len(bundle.class_names)} classes, "
+        f"{bundle.scheme}",
+        "",
+        f"{'exit':<16} {'bytes':>10}  {'answers as float':>16}",
+    ]
+    for segment in bundle.segments:
+        share = origin["float_agreement"][segment.exit]
+        lines.append(f"{segment.exit:<16} {segment.bytes:>10,}  {share:>16.1%}")
+    used = origin["ranges"]
+    tried = ", ".join(f"{name} {value:.1%}" for name, value in used["held_out_agreement"].items())
+    slow = ", ".join(f"{count} {name}" for name, count in origin["outside_xnnpack"].items())
+    lines += [
+        "",
+        f"activation ranges    {used['chosen']}, {used['count']} samples of {used['samples']}"
+        + (f" ({tried})" if tried else ""),
+        f"outside XNNPACK      {slow or 'none'}",
+        f"time, peak memory    {sum(steps.seconds.values()):.1f} s, {_peak_bytes() / 1e6:.0f} MB",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,231 @@
+"""
+Turn a multi-exit torch network into one float .tflite that holds all of its exits.
+
+Callers see from_torch and Lowered. Hidden here: how the converter's outputs find back to the
+exits they came from, and that its long tensor names (with Python class paths in them) are
+replaced by short ones that depend on nothing but the graph. The surprise: a plain
+`x.mean((2, 3))` would cost a transposition at every exit; the traced graph is rewritten first
+so that pooling keeps its axes and the maps stay channels-last.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from edgeexit import cut, tflite
+from edgeexit.errors import BadFile, Unsupported
+from edgeexit.host.model import exit_outputs
+from edgeexit.host.quiet import quietly
+from edgeexit.interpreter import check_loads
+from edgeexit.preprocess import Preprocess
+
+_POOLS = frozenset(
+    {
+        torch.ops.aten.mean.dim,
+        torch.ops.aten.sum.dim_IntList,
+        torch.ops.aten.amax.default,
+        torch.ops.aten.amin.default,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """
+    One float32 multi-exit .tflite: *data* its bytes, *exits* exit name -> tensor name.
+
+    The input is (1, H, W, C) for images and the network's own shape otherwise; every logits
+    tensor is (1, classes). Exits stand in the order of the cut, earliest first.
+    """
+
+    data: bytes
+    exits: Mapping[str, str]
+
+
+def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Preprocess) -> Lowered:
+    """
+    Lower *model* (eval mode is set) for one sample of *input_shape* (its batch axis is 1).
+
+    Images of layout "nchw" come out with a channels-last input. Operators that reach no exit
+    are dropped, tensors are renamed, and the file is loaded once in a child process. Raises
+    Unsupported for several inputs, data-dependent control flow, operators without a TFLite
+    counterpart and exits that are not (1, classes) with one number of classes for all;
+    BadFile if the network does not take *input_shape*.
+    """
+    model.eval()
+    names = _check_contract(model, input_shape)
+    channels_last = preprocess.kind == "image" and preprocess.layout == "nchw"
+    data = _convert(_trace(_Keyed(model), input_shape), input_shape, channels_last)
+    renamed, exits = _rename(data, names)
+    alive = cut.drop_dead(renamed, exits, where="lowered network")
+    check_loads(alive, "lowered network")
+    order = cut.exit_order(alive, exits, "lowered network")
+    return Lowered(data=alive, exits={name: exits[name] for name in order})
+
+
+def _check_contract(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]:
+    # One input; every exit (1, classes) of float32, the same number of classes everywhere.
+    required = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) > 1:
+        raise Unsupported(
+            f"the network takes {len(required)} inputs ({', '.join(required)}), expected one"
+        )
+    try:
+        with torch.inference_mode():
+            outputs = exit_outputs(model, torch.zeros(input_shape))
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise BadFile(
+            f"the network does not take an input of shape {list(input_shape)}: {_first(error)}",
+            hint="the checkpoint's input_shape must be what its forward expects",
+        ) from error
+    shapes = {name: tuple(logits.shape) for name, logits in outputs.items()}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+            raise Unsupported(
+                f"exit {name!r} answers with shape {list(shape)}, expected logits [1, classes]"
+            )
+        if outputs[name].dtype != torch.float32:
+            raise Unsupported(f"exit {name!r} answers in {outputs[name].dtype}, expected float32")
+    if len({shape[1] for shape in shapes.values()}) > 1:
+        counts = ", ".join(f"{name}: {shape[1]}" for name, shape in shapes.items())
+        raise Unsupported(f"exits differ in their number of classes ({counts})")
+    return list(shapes)
+
+
+class _Keyed(nn.Module):
+    """Returns the exits under keys that survive as names of the signature's outputs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = exit_outputs(self.model, x)
+        return {f"exit_{k}": logits for k, logits in enumerate(outputs.values())}
+
+
+def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
+    try:
+        with quietly():
+            program = torch.export.export(model.eval(), (torch.zeros(input_shape),))
+    except Exception as error:  # torch.export raises a score of unrelated types
+        raise Unsupported(
+            f"the network cannot be traced: {_first(error)}",
+            hint="forward must not branch on values, only on shapes",
+        ) from error
+    _keep_pooled_axes(program.graph)
+    program.graph_module.recompile()
+    traced: nn.Module = program.module(check_guards=False)
+    return traced
+
+
+def _keep_pooled_axes(graph: torch.fx.Graph) -> None:
+    # The converter keeps a map channels-last only through operators that leave it 4-D, so
+    # mean((2, 3)) becomes mean((2, 3), keepdim=True) followed by a squeeze.
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _POOLS:
+            continue
+        value, axes, keep = (*node.args, None, None)[:3]
+        rank = value.meta["val"].dim()
+        keep = keep or node.kwargs.get("keepdim", False)
+        if keep or rank != 4 or not isinstance(axes, list | tuple):
+            continue
+        pooled = sorted(axis % rank for axis in axes)
+        if pooled != [2, 3]:
+            continue
+        node.args = (value, pooled, True)
+        with graph.inserting_after(node):
+            squeezed = graph.call_function(torch.ops.aten.squeeze.dims, (node, pooled))
+        node.replace_all_uses_with(squeezed, delete_user_cb=lambda user, own=squeezed: user != own)
+
+
+def _convert(model: nn.Module, input_shape: tuple[int, ...], channels_last: bool) -> bytes:
+    shape = input_shape
+    try:
+        with quietly():
+            import litert_torch
+
+            if channels_last:
+                batch, channels, height, width = input_shape
+                shape = (batch, height, width, channels)
+                model = litert_torch.to_channel_last_io(model, args=[0])
+            model.training = False  # a traced module has no eval(): its mode is in its graph
+            converted = litert_torch.convert(model, (torch.zeros(shape),))
+            return bytes(converted.model_content())
+    except Exception as error:  # jax, MLIR and torch errors without a common base
+        operator = re.search(r"(?:not found: |target=torch\.ops\.)([\w.]+)", str(error))
+        what = f"operator {operator[1]}" if operator else "the network"
+        raise Unsupported(
+            f"{what} cannot be lowered to TFLite: {_first(error)}",
+            hint="replace it in the network by operators that TFLite has",
+        ) from error
+
+
+def _rename(data: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, str]]:
+    """
+    Name the logits after their exits and all other tensors by their place in the graph.
+
+    The converter's names hold class paths and, for copies of one layer, collide.
+    """
+    _check_kernels(data)
+    model = tflite.read_model(data, "lowered network")
+    bound = _signature_outputs(data)
+    exits = {name: bound[f"exit_{k}"] for k, name in enumerate(names)}
+    if len(set(exits.values())) < len(names):
+        raise Unsupported(f"two of the exits {', '.join(names)} are one and the same tensor")
+    if len(model.inputs) != 1:
+        raise Unsupported(f"the network has {len(model.inputs)} inputs, expected one")
+    fresh = {index: f"c{index}" for index in range(len(model.tensors))}
+    made = (index for operator in model.operators for index in operator.outputs)
+    fresh |= {index: f"t{place}" for place, index in enumerate(made)}
+    fresh[model.inputs[0]] = "input"
+    for index in fresh:
+        while fresh[index] in exits:  # a user's exit may be called "t3"
+            fresh[index] += "_"
+    fresh |= {index: name for name, index in exits.items()}
+    renamed = tflite.write_model(
+        model,
+        range(len(model.operators)),
+        model.inputs,
+        list(exits.values()),
+        description="edgeexit",
+        names=fresh,
+    )
+    return renamed, {name: name for name in names}
+
+
+def _check_kernels(data: bytes) -> None:
+    # The converter passes on what it has no TFLite operator for under names like these.
+    from ai_edge_litert import schema_py_generated as schema
+
+    words = {number: word for word, number in vars(schema.BuiltinOperator).items()}
+    model = schema.Model.GetRootAs(data, 0)
+    for place in range(model.OperatorCodesLength()):
+        word = words.get(model.OperatorCodes(place).BuiltinCode(), "CUSTOM")
+        if word == "CUSTOM" or word.startswith("STABLEHLO"):
+            raise Unsupported(
+                f"operator {word} has no kernel in TFLite's runtime",
+                hint="replace it in the network by operators that TFLite has",
+            )
+
+
+def _signature_outputs(data: bytes) -> dict[str, int]:
+    # Output name -> tensor index. The order of a file's outputs means nothing.
+    from ai_edge_litert import schema_py_generated as schema
+
+    signature = schema.Model.GetRootAs(data, 0).SignatureDefs(0)
+    outputs = [signature.Outputs(k) for k in range(signature.OutputsLength())]
+    return {output.Name().decode(): output.TensorIndex() for output in outputs}
+
+
+def _first(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -1,0 +1,197 @@
+"""Facts about lowering torch networks to one float .tflite."""
+
+import numpy as np
+import pytest
+
+from edgeexit.errors import BadFile, ParityError, Unsupported
+
+pytestmark = pytest.mark.host
+torch = pytest.importorskip("torch")
+pytest.importorskip("litert_torch")
+
+from edgeexit import tflite  # noqa: E402
+from edgeexit.host import answers, lower  # noqa: E402
+from tests import host_nets  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def net():
+    return host_nets.conv_net()
+
+
+@pytest.fixture(scope="module")
+def lowered(net):
+    return lower.from_torch(net[0], (1, 1, 12, 12), host_nets.GRAY)
+
+
+def test_every_exit_answers_as_in_torch_under_its_own_name(net, lowered) -> None:
+    model, reals = net
+    expected = answers.torch_logits(model, reals)
+    found = answers.tflite_logits(lowered.data, lowered.exits, reals)
+
+    errors = answers.check_parity(expected, found, reals)
+
+    assert list(lowered.exits) == ["small", "middle", "final"]
+    assert max(errors.values()) < 1e-5
+
+
+def test_maps_stay_channels_last_and_pooling_costs_no_transposition(lowered) -> None:
+    model = tflite.read_model(lowered.data)
+
+    assert model.tensors[model.inputs[0]].shape == (1, 12, 12, 1)
+    assert not {op.kind for op in model.operators} & {"TRANSPOSE", "RESHAPE"}
+
+
+def test_names_are_short_unique_and_free_of_class_paths(lowered) -> None:
+    names = [tensor.name for tensor in tflite.read_model(lowered.data).tensors]
+
+    assert len(set(names)) == len(names)
+    assert max(map(len, names)) <= 8
+    assert {"input", "small", "middle", "final"} <= set(names)
+    assert b"torch" not in lowered.data
+
+
+def test_lowering_says_nothing_and_leaves_the_streams_alone(capfd) -> None:
+    lower.from_torch(host_nets.Rows(), (1, 8), host_nets.ROW)
+    print("still here")  # noqa: T201
+
+    assert capfd.readouterr().out == "still here\n"
+
+
+def test_an_exit_may_be_called_like_an_inner_tensor() -> None:
+    class Named(host_nets.Rows):
+        def forward(self, x):
+            return dict(zip(("t0", "input"), super().forward(x), strict=True))
+
+    lowered = lower.from_torch(Named(), (1, 8), host_nets.ROW)
+
+    assert lowered.exits == {"t0": "t0", "input": "input"}
+
+
+def test_operators_that_reach_no_exit_are_dropped() -> None:
+    class Wasteful(host_nets.Rows):
+        def forward(self, x):
+            torch.tanh(self.body(x)).sum()
+            return super().forward(x)
+
+    kinds = [
+        [op.kind for op in tflite.read_model(lowered.data).operators]
+        for lowered in (
+            lower.from_torch(net, (1, 8), host_nets.ROW)
+            for net in (host_nets.Rows(torch.tanh), Wasteful(torch.tanh))
+        )
+    ]
+
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(
+    ("between", "word"),
+    [
+        (torch.lgamma, "aten.lgamma"),
+        (lambda x: torch.fft.fft(x).real, "complex"),
+        (lambda x: torch.sort(x)[0], "SORT"),
+        (lambda x: x if x.sum() > 0 else -x, "traced"),
+        (lambda x: x + torch.rand_like(x), "rand_like"),
+    ],
+    ids=["no lowering", "complex", "no kernel", "branch", "random"],
+)
+def test_an_operator_that_tflite_lacks_is_refused_by_name(between, word: str) -> None:
+    with pytest.raises(Unsupported, match=word):
+        lower.from_torch(host_nets.Rows(between), (1, 8), host_nets.ROW)
+
+
+def test_exits_with_different_numbers_of_classes_are_refused() -> None:
+    with pytest.raises(Unsupported, match="exits"):
+        lower.from_torch(host_nets.Rows(classes=(3, 4)), (1, 8), host_nets.ROW)
+
+
+def test_a_network_with_two_inputs_is_refused() -> None:
+    class Two(host_nets.Rows):
+        def forward(self, x, y):
+            return super().forward(x + y)
+
+    with pytest.raises(Unsupported, match=r"2 inputs \(x, y\)"):
+        lower.from_torch(Two(), (1, 8), host_nets.ROW)
+
+
+@pytest.mark.parametrize(
+    "reshape", [lambda x: x[:, None], lambda x: x[:, :1], lambda x: x.double()]
+)
+def test_outputs_that_are_no_logits_are_refused(reshape) -> None:
+    class Odd(host_nets.Rows):
+        def forward(self, x):
+            return [reshape(logits) for logits in super().forward(x)]
+
+    with pytest.raises(Unsupported, match=r"exit '?exit0"):
+        lower.from_torch(Odd(), (1, 8), host_nets.ROW)
+
+
+def test_a_wrong_input_shape_is_named() -> None:
+    with pytest.raises(BadFile, match=r"input of shape \[1, 9\]"):
+        lower.from_torch(host_nets.Rows(), (1, 9), host_nets.ROW)
+
+
+def test_two_exits_that_are_one_tensor_are_refused() -> None:
+    class Same(host_nets.Rows):
+        def forward(self, x):
+            first = super().forward(x)[0]
+            return [first, first]
+
+    with pytest.raises(Unsupported):
+        lower.from_torch(Same(), (1, 8), host_nets.ROW)
+
+
+LOGITS = {"a": np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)}
+
+
+def test_a_difference_over_the_tolerance_is_a_parity_error() -> None:
+    peak = np.abs(LOGITS["a"]).max()
+    reals = host_nets.rows(60)
+    below = {"a": LOGITS["a"] + np.float32(0.5e-4) * peak}
+    above = {"a": LOGITS["a"] + np.float32(2e-4) * peak}
+
+    assert answers.check_parity(LOGITS, below, reals)["a"] == pytest.approx(0.5e-4, rel=0.01)
+    with pytest.raises(ParityError, match="exit 'a'"):
+        answers.check_parity(LOGITS, above, reals)
+    with pytest.raises(ParityError, match="exit 'a'"):
+        answers.check_parity(LOGITS, {"a": LOGITS["a"] * np.float32("nan")}, reals)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_answers_that_hardly_differ_prove_nothing(noise: float) -> None:
+    constant = {"a": (1 + noise * LOGITS["a"]).astype(np.float32)}
+
+    with pytest.raises(ParityError, match="1 distinct answers"):
+        answers.check_parity(constant, constant, host_nets.rows(60))
+
+
+def test_a_few_samples_need_only_as_many_distinct_answers() -> None:
+    few = {"a": LOGITS["a"][:7]}
+
+    assert answers.check_parity(few, few, host_nets.rows(7)) == {"a": 0.0}
+
+
+def test_torch_answers_that_are_not_finite_are_refused() -> None:
+    model = host_nets.Rows()
+    model.heads[1].weight.data[0, 0] = float("inf")
+
+    with pytest.raises(BadFile, match="exit 'exit1'"):
+        answers.torch_logits(model, host_nets.rows(4))
+
+
+@pytest.mark.parametrize("period", [2, 5, 10])
+def test_every_beginning_of_a_spread_order_sees_all_classes(period: int) -> None:
+    labels = np.arange(500) % period
+    first = labels[answers.spread(500)[:100]]
+
+    assert sorted(answers.spread(500)) == list(range(500))
+    assert np.bincount(first).min() >= 0.8 * 100 / period
