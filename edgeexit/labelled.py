@@ -199,13 +199,13 @@ def _channels_last(
             f"layout {preprocess.layout}"
         )
     found = samples.shape[1:]
-    if found == own == last or (found == last != first):
-        return np.ascontiguousarray(samples)
-    if found == last == first:
+    if own == first == last == found:
         raise BadFile(
             f"{where}: samples: shape {found} may be channels first or last",
             hint="give a folder of pictures, or a network whose layout is nhwc",
         )
+    if found == last:
+        return np.ascontiguousarray(samples)
     if found == own:
         return np.ascontiguousarray(np.moveaxis(samples, 1, 3))
     if channels == 1 and found == (height, width):

@@ -9,7 +9,7 @@ final report.
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from edgeexit.preprocess import Preprocess, fit_sample
 
 SPLITS = ("ranges", "tuning", "certificate", "report")
 SET_FORMAT = 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class CalibrationSet:
         if not class_names or len(set(class_names)) != len(class_names):
             raise BadFile(f"{table.where}: class_names: expected different names, at least one")
         name = table.get("name", str)
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise BadFile(f"{table.where}: name: {name!r}, expected letters, digits, '.', '_', '-'")
         splits = table.table("splits")
         splits.only(*SPLITS)
@@ -109,8 +109,11 @@ class CalibrationSet:
         if digest_of(data) != entry.sha256:
             raise BadFile(f"{path}: altered: its SHA-256 is not the one in set.toml")
         arrays = parse_npz(data, str(path))
+        stored = self.preprocess
+        if stored.kind == "image":  # a set's own files are always channels last
+            stored = replace(stored, layout="nhwc")
         samples = from_arrays(
-            arrays, f"{self.name}:{name}", self.preprocess, len(self.class_names), None, True
+            arrays, f"{self.name}:{name}", stored, len(self.class_names), None, True
         )
         if len(samples) != entry.count or samples.digest != entry.digest:
             raise BadFile(f"{path}: {len(samples)} samples, not those that set.toml lists")
@@ -120,7 +123,7 @@ class CalibrationSet:
 def _split_file(table: Table) -> SplitFile:
     table.only("file", "sha256", "count", "digest")
     name = table.get("file", str)
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise BadFile(f"{table.where}.file: expected a plain file name, found {name!r}")
     return SplitFile(
         file=name,
