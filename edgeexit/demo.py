@@ -106,12 +106,18 @@ def contenders(bundle: Bundle, policy: Policy, best_static_exit: str) -> dict[st
     }
 
 
-def run_demo(bundle: Bundle, *, logits: Record | None = None, on_step: Step | None = None) -> Demo:
+def run_demo(
+    bundle: Bundle,
+    *,
+    logits: Record | None = None,
+    time_cap_s: float = 20.0,
+    on_step: Step | None = None,
+) -> Demo:
     """
     Profile, tune and run *bundle* on this machine and compare it with its rivals.
 
     *logits* is the record of the `tuning` and `certificate` splits; None makes it now, for which
-    those splits must be installed. The policy is saved into *bundle*. Raises what profile, tune
+    those splits must be installed. Profiling takes about *time_cap_s* seconds. The policy is saved into *bundle*. Raises what profile, tune
     and evaluate raise; OutOfReach if no policy passes its check.
     """
     step = on_step or _silent
@@ -121,7 +127,12 @@ def run_demo(bundle: Bundle, *, logits: Record | None = None, on_step: Step | No
     origin = find_set(named["name"])
     device = this_device()
 
-    costs = profile.measure(bundle, device, on_step=lambda done: step("profile", min(done, 0.999)))
+    costs = profile.measure(
+        bundle,
+        device,
+        time_cap_s=time_cap_s,
+        on_step=lambda done: step("profile", min(done, 0.999)),
+    )
     step("profile", 1.0)
     if logits is None:
         logits = _fresh_record(bundle, origin, step)

@@ -1,12 +1,11 @@
 """edgeexit convert: a checkpoint goes in, a bundle of segments comes out."""
 
-import sys
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.cli.steps import Steps
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,32 +58,9 @@ def command(
         )
     from edgeexit.host.convert import convert
 
-    steps = _Steps()
+    steps = Steps()
     bundle = convert(model, out, calibration, scheme, arch, steps)
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
-
-
-class _Steps:
-    """Shows each step on stderr and keeps how long it took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._started = 0.0
-        self._is_terminal = sys.stderr.isatty()
-
-    def __call__(self, name: str, done: float) -> None:
-        if done == 0.0:
-            self._started = perf_counter()
-        elapsed = perf_counter() - self._started
-        if done >= 1.0:
-            self.seconds[name] = elapsed
-            click.echo(f"{self._erase}{name:<20} {elapsed:6.1f} s", err=True)
-        elif self._is_terminal:
-            click.echo(f"{self._erase}{name:<20} {done:5.0%}", err=True, nl=False)
-
-    @property
-    def _erase(self) -> str:
-        return "\r\x1b[K" if self._is_terminal else ""
 
 
 def _peak_bytes() -> int:
@@ -93,7 +69,7 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _document(bundle: "Bundle", steps: _Steps) -> str:
+def _document(bundle: "Bundle", steps: Steps) -> str:
     from edgeexit.files import json_bytes
 
     document: dict[str, Any] = {
@@ -112,7 +88,7 @@ def _document(bundle: "Bundle", steps: _Steps) -> str:
     return json_bytes(document).decode().rstrip()
 
 
-def _table(bundle: "Bundle", steps: _Steps) -> str:
+def _table(bundle: "Bundle", steps: Steps) -> str:
     origin = bundle.provenance
     lines = [
         f"{bundle.path}: {len(bundle.exits)} exits, {len(bundle.class_names)} classes, "
