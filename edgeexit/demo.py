@@ -117,8 +117,9 @@ def run_demo(
     Profile, tune and run *bundle* on this machine and compare it with its rivals.
 
     *logits* is the record of the `tuning` and `certificate` splits; None makes it now, for which
-    those splits must be installed. Profiling takes about *time_cap_s* seconds. The policy is saved into *bundle*. Raises what profile, tune
-    and evaluate raise; OutOfReach if no policy passes its check.
+    those splits must be installed. Profiling takes about *time_cap_s* seconds. The policy is
+    saved into *bundle*. Raises what profile, tune and evaluate raise; OutOfReach if no policy
+    passes its check.
     """
     step = on_step or _silent
     named = bundle.calibration_set
