@@ -1,0 +1,130 @@
+"""
+Run every measurement and write docs/results.md from the JSON of all that have been run.
+
+    python bench/run.py [--table-only] [NAME...]
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from common import CHECKOUT, HERE, RESULTS
+
+HEAD = """\
+# Results
+
+Measured by `bench/`; each table names its command, machine and date. A shared two-core x86 machine
+is not a board: read ratios, not milliseconds. Ratios are taken inside a process and shown as median
+(smallest .. largest) over fresh processes.
+"""
+
+
+def _spread(figure: Mapping[str, Any], digits: int = 2) -> str:
+    low, high = (f"{figure[key]:.{digits}f}" for key in ("min", "max"))
+    return f"{figure['median']:.{digits}f} ({low} .. {high})"
+
+
+def _early_exit(found: Mapping[str, Any]) -> list[list[str]]:
+    names = {
+        "full": "full network, every exit computed",
+        "static": "same network without exits",
+        "best_static": f"best static network within the budget ({found['best_static_exit']})",
+    }
+    rows = [["rival", "µs a sample", "policy is faster by"]]
+    for key, name in names.items():
+        ratio = _spread(found[f"faster_than_{key}"]) + "×"
+        rows.append([name, _spread(found[f"{key}_us"], 1), ratio])
+    rates = " / ".join(f"{rate:.1%}" for rate in found["exit_rates"])
+    rows.append(
+        [
+            f"the policy: accuracy {found['accuracy_policy']:.2%} against "
+            f"{found['accuracy_full']:.2%}, leaving {rates}",
+            _spread(found["policy_us"], 1),
+            "",
+        ]
+    )
+    return rows
+
+
+def _cutting(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net, 3 exits", "chain / uncut", "added segment, µs", "confidence and decision, µs"]]
+    for name, figures in found.items():
+        rows.append(
+            [
+                name,
+                _spread(figures["ratio"], 3),
+                _spread(figures["added_segment_us"]),
+                _spread(figures["decision_us"]),
+            ]
+        )
+    return rows
+
+
+def _conversion(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "seconds", "peak memory, GB"]]
+    return rows + [[n, str(f["seconds"]), str(f["peak_gb"])] for n, f in found.items()]
+
+
+def _accuracy(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["exit", "float", "int8", "share of the whole's cost"]]
+    for name, figures in found.items():
+        if isinstance(figures, dict):
+            rows.append(
+                [
+                    name,
+                    f"{figures['float_accuracy']:.2%}",
+                    f"{figures['int8_accuracy']:.2%}",
+                    f"{figures['share_of_whole']:.1%}",
+                ]
+            )
+    return rows
+
+
+def _zoo(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "exits", "real samples", "differing bytes", "peak memory of `run`, MB"]]
+    for name, f in found.items():
+        peak = str(f.get("run_peak_mb", ""))
+        rows.append([name, str(f["exits"]), str(f["samples"]), str(f["differing_bytes"]), peak])
+    return rows
+
+
+Table = Callable[[Mapping[str, Any]], list[list[str]]]
+BENCHES: dict[str, tuple[str, Table]] = {
+    "early_exit": ("What early exit saves on the shipped network", _early_exit),
+    "accuracy": ("The shipped network, exit by exit, on `report`", _accuracy),
+    "cutting": ("What cutting costs", _cutting),
+    "conversion": ("What converting costs, imports included", _conversion),
+    "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
+}
+
+
+def page() -> str:
+    parts = [HEAD]
+    for name, (title, table) in BENCHES.items():
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        machine = found.pop("machine")
+        command = found.pop("command")
+        rows = table(found)
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines.insert(1, "|" + "---|" * len(rows[0]))
+        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}"
+        parts.append(f"## {title}\n\n`{command}` on {where}:\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    names = [name for name in sys.argv[1:] if not name.startswith("-")] or list(BENCHES)
+    if "--table-only" not in sys.argv:
+        for name in names:
+            print(f"{name} ...", file=sys.stderr)
+            subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
+    (CHECKOUT / "docs" / "results.md").write_text(page())
+
+
+if __name__ == "__main__":
+    main()
