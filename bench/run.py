@@ -34,7 +34,7 @@ def _early_exit(found: Mapping[str, Any]) -> list[list[str]]:
     }
     rows = [["rival", "µs a sample", "policy is faster by"]]
     for key, name in names.items():
-        ratio = _spread(found[f"faster_than_{key}"]) + "×"
+        ratio = _spread(found[f"faster_than_{key}"]) + "x"
         rows.append([name, _spread(found[f"{key}_us"], 1), ratio])
     rates = " / ".join(f"{rate:.1%}" for rate in found["exit_rates"])
     rows.append(
