@@ -49,15 +49,16 @@ class Demo:
     """
     What the demo measured, all on the `report` split and on this machine.
 
-    *full* and *tuned* are evaluations of the full int8 network and of the policy; *race*
-    holds the interleaved latencies of "full" (every exit computed), "static" (final exit
-    alone), "best_static" (the cheapest single exit within the budget) and "policy".
+    *full*, *tuned* and *best_static* are evaluations of the full int8 network, of the policy and
+    of the cheapest single exit within the budget. *race* holds the interleaved latencies of
+    "full" (every exit computed), "static" (final exit alone), "best_static" and "policy".
     """
 
     profile: Profile
     policy: Policy
     full: Evaluation
     tuned: Evaluation
+    best_static: Evaluation
     race: compare.Race
     best_static_exit: str
     pictures: Sequence["Picture"]
@@ -94,16 +95,16 @@ def contenders(bundle: Bundle, policy: Policy, best_static_exit: str) -> dict[st
     "best_static" is the bundle cut down to *best_static_exit* alone, without other heads;
     "static" the same for the final exit.
     """
-
-    def alone(exit_name: str) -> Policy:
-        return Policy.forced(bundle, exit=exit_name, kept=(exit_name,))
-
     return {
         "full": Runner(bundle, policy=None, preload=True),
-        "static": Runner(bundle, policy=alone(bundle.exits[-1]), preload=True),
-        "best_static": Runner(bundle, policy=alone(best_static_exit), preload=True),
+        "static": Runner(bundle, policy=_alone(bundle, bundle.exits[-1]), preload=True),
+        "best_static": Runner(bundle, policy=_alone(bundle, best_static_exit), preload=True),
         "policy": Runner(bundle, policy=policy, preload=True),
     }
+
+
+def _alone(bundle: Bundle, exit_name: str) -> Policy:
+    return Policy.forced(bundle, exit=exit_name, kept=(exit_name,))
 
 
 def run_demo(
@@ -142,7 +143,7 @@ def run_demo(
     policy.save(bundle.policy_path(device))
     step("tune", 1.0)
 
-    with Runner(bundle, policy=policy) as runner:
+    with Runner(bundle, policy=policy, preload=True) as runner:
         pictures = [
             Picture(
                 path=path,
@@ -157,8 +158,9 @@ def run_demo(
     full = evaluate(bundle, report, None)
     step("evaluate", 0.5)
     tuned = evaluate(bundle, report, policy)
-    step("evaluate", 1.0)
     best = tune.best_static_exit(policy)
+    best_static = evaluate(bundle, report, _alone(bundle, best))
+    step("evaluate", 1.0)
     runners = contenders(bundle, policy, best)
     total, answered = PASSES * len(runners) * len(report), 0
 
@@ -175,6 +177,7 @@ def run_demo(
         policy=policy,
         full=full,
         tuned=tuned,
+        best_static=best_static,
         race=race,
         best_static_exit=best,
         pictures=pictures,

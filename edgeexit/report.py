@@ -85,7 +85,8 @@ def policy_table(policy: Policy) -> str:
     """The exits with thresholds, rates and ms; expectations beside the rivals; the check."""
     expected, check = policy.expected, policy.check
     rows = []
-    for name, rate in zip(policy.exits, expected["exit_rates"], strict=True):
+    shares = zip(policy.exits, expected["exit_rates"], expected["exit_accuracy"], strict=True)
+    for name, rate, alone in shares:
         threshold = policy.threshold(name)
         text = "final" if name == policy.exits[-1] else f"{threshold:.6g}"
         ms = expected["exit_ms"].get(name)
@@ -95,6 +96,7 @@ def policy_table(policy: Policy) -> str:
                 "dropped" if threshold == DROPPED else text,
                 f"{rate:.1%}",
                 "" if ms is None else milliseconds(ms),
+                f"{alone:.2%}",
             ]
         )
     rivals = [
@@ -116,7 +118,7 @@ def policy_table(policy: Policy) -> str:
             f"Policy for {policy.device}: measure {policy.measure}, accuracy drop at most "
             f"{policy.target['max_accuracy_drop']:.2%}",
             "",
-            text_table(["exit", "threshold", "leave here", "ms"], rows),
+            text_table(["exit", "threshold", "leave here", "ms", "its accuracy on all"], rows),
             "",
             text_table(["", "accuracy", "mean ms", "to policy"], lines),
             "",

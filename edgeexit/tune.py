@@ -249,6 +249,7 @@ def _expected(
         "accuracy_interval": list(bounds.interval(int(right.sum()), len(right))),
         "accuracy_full": float(correct[:, -1].mean()),
         "accuracy_static": float(correct[:, exits.index(static[0])].mean()),
+        "exit_accuracy": correct.mean(axis=0).tolist(),
         "exit_rates": rates.tolist(),
         "exit_ms": {name: cost / 1e6 for name, cost in costs.items()},
         "mean_ms": mean_ns / 1e6,

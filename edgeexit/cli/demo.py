@@ -102,7 +102,7 @@ def _text(found: "Demo") -> str:
     rows = [
         ["full network, every exit computed", f"{found.full.accuracy:.2%}", "full"],
         ["same network without exits", f"{found.full.accuracy:.2%}", "static"],
-        [f"best static network ({best} alone)", "", "best_static"],
+        [f"best static network ({best} alone)", f"{found.best_static.accuracy:.2%}", "best_static"],
         ["early exit, this policy", f"{found.tuned.accuracy:.2%}", "policy"],
     ]
     rivals = report.text_table(
