@@ -11,6 +11,7 @@ pytest.importorskip("litert_torch")
 
 from edgeexit import tflite  # noqa: E402
 from edgeexit.host import answers, lower  # noqa: E402
+from edgeexit.host.model import attach  # noqa: E402
 from tests import host_nets  # noqa: E402
 
 
@@ -40,6 +41,28 @@ def test_every_exit_answers_as_in_torch_under_its_own_name(net, lowered) -> None
     errors = answers.check_parity(expected, found, reals)
 
     assert list(lowered.exits) == ["small", "middle", "final"]
+    assert max(errors.values()) < 1e-5
+
+
+def test_a_plain_backbone_with_attached_exits_is_lowered_as_it_answers() -> None:
+    torch.manual_seed(0)
+    backbone = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3, 2, 1), torch.nn.ReLU()),
+        torch.nn.Sequential(torch.nn.Conv2d(8, 16, 3, 2, 1), torch.nn.ReLU()),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, 5),
+    )
+    reals = answers.RealSamples(host_nets.pictures(100), host_nets.GRAY)
+    model = host_nets.settled(attach(backbone, ["0", "1"], input_shape=(1, 1, 12, 12)), reals)
+
+    found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
+    expected = answers.torch_logits(model, reals)
+    errors = answers.check_parity(
+        expected, answers.tflite_logits(found.data, found.exits, reals), reals
+    )
+
+    assert len(found.exits) == 3
     assert max(errors.values()) < 1e-5
 
 
