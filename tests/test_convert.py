@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgeexit.cli import convert as cli
+from edgeexit.cli.steps import Steps
 from edgeexit.errors import (
     BadFile,
     EdgeExitError,
@@ -140,7 +141,7 @@ def test_two_conversions_in_different_surroundings_give_the_same_bytes(bundle, w
 
 
 def test_the_table_shows_each_exit_and_the_ranges_that_won(bundle) -> None:
-    text = cli._table(bundle, cli._Steps())
+    text = cli._table(bundle, Steps())
 
     assert all(name in text for name in bundle.exits)
     assert f"{bundle.provenance['ranges']['chosen']}, 80 samples of some" in text
