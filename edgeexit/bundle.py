@@ -11,6 +11,7 @@ because a policy is chosen for a finished bundle.
 import math
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,8 @@ _KEYS = (
     *("logits", "model", "segments", "files", "calibration_set", "provenance"),
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,120}")
+# Control characters, lone surrogates, line and paragraph ends (Unicode's general categories).
+_UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 _MAX_FILE_BYTES = 2**31
 _MAX_TENSOR_BYTES = 1 << 30
 
@@ -222,12 +225,19 @@ class Bundle:
 
     def policy_devices(self) -> list[str]:
         """The devices for which the bundle has a policy, sorted."""
-        return sorted(path.stem for path in (self.path / POLICIES).glob("*.json"))
+        return sorted(
+            path.stem
+            for path in (self.path / POLICIES).glob("*.json")
+            if _SAFE_NAME.fullmatch(path.stem) and path.is_file()
+        )
 
     def selftest(self) -> SelfTest:
         """The self-test's samples and answers. BadFile if they do not fit the bundle."""
         where = str(self.path / SELFTEST)
         arrays = parse_npz(self.read_file(SELFTEST), where)
+        shape = arrays.get("samples", kinds="iuf").shape
+        if len(shape) < 2 or 0 in shape:
+            raise BadFile(f"{where}: samples: shape {shape}, expected (N, ...) with N > 0")
         found = SelfTest(
             samples=arrays.get("samples"), inputs=arrays.get("inputs"), logits=arrays.get("logits")
         )
@@ -362,6 +372,9 @@ def _check(bundle: Bundle, where: str) -> None:
     exits, classes = bundle.exits, len(bundle.class_names)
     if not exits or len(set(exits)) != len(exits):
         raise BadFile(f"{where}: exits: expected different names, found {list(exits)}")
+    for text in (bundle.name, bundle.made_by, *exits, *bundle.class_names):
+        if any(unicodedata.category(char) in _UNSHOWN for char in text):
+            raise BadFile(f"{where}: {text[:60]!r}: control characters, expected plain text")
     if classes == 0:
         raise BadFile(f"{where}: class_names: expected at least one")
     for name in (MODEL, SELFTEST):

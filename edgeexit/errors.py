@@ -17,6 +17,7 @@ The class says what the reader can do about it. A message is one line: place, fa
 expectation; the hint is the next step. Anything else that escapes is a bug (exit code 1).
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,6 +91,49 @@ class StorageError(EdgeExitError):
     """The storage is full, read-only, or failing."""
 
     exit_code = 11
+
+
+_FAILING = (errno.ENOSPC, errno.EROFS, errno.EIO, errno.EDQUOT, errno.EFBIG)
+_WRONG_PATH = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
+
+
+def from_os_error(error: OSError, path: Path | str | None = None) -> EdgeExitError | None:
+    """
+    What an OSError met outside of *storage* means, for whoever called; None if nothing is known.
+
+    A path that cannot be right is a UsageError, anything else that the system refuses about a
+    file a StorageError. *path* names the place if the error itself does not.
+    """
+    place = path if path is not None else error.filename
+    if error.errno is None or (place is None and error.errno not in _FAILING):
+        return None
+    if isinstance(place, bytes):
+        place = place.decode(errors="replace")
+    text = str(place if place is not None else "storage")
+    shown = text if len(text) <= 200 else f"{text[:197]}..."
+    kind = UsageError if error.errno in _WRONG_PATH else StorageError
+    return kind(f"{shown}: {error.strerror or error}")
+
+
+def printable(text: str) -> str:
+    """
+    *text* with control characters, line ends and broken UTF-8 shown as escapes.
+
+    File names and other people's files can hold codes that move a terminal's cursor or fake a
+    second line; whatever is shown of them goes through here.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 @contextmanager

@@ -10,19 +10,27 @@ appears by rename after fsync.
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
-import struct
+import stat
 import tempfile
 import tomllib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
-from edgeexit.errors import BadFile, StorageError, Unsupported, UsageError, storage
+from edgeexit.errors import (
+    BadFile,
+    EdgeExitError,
+    StorageError,
+    Unsupported,
+    UsageError,
+    from_os_error,
+    storage,
+)
 
 T = TypeVar("T")
 
@@ -31,19 +39,40 @@ MAX_ARRAY_BYTES = 8 << 30
 
 
 def read_bytes(path: Path, *, limit_bytes: int = MAX_DOCUMENT_BYTES) -> bytes:
-    """The bytes of *path*. UsageError if it is absent, BadFile if it is larger than the limit."""
+    """The bytes of *path*, as open_file; BadFile if it is larger than the limit."""
+    with open_file(path) as file:
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit_bytes:
+                raise BadFile(f"{path}: {size} bytes, expected at most {limit_bytes}")
+            return file.read()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def open_file(path: Path) -> IO[bytes]:
+    """
+    The plain file *path*, opened for reading.
+
+    UsageError if it is absent or a folder, pipe or device, StorageError if it cannot be read.
+    """
     try:
-        size = path.stat().st_size
-        if size > limit_bytes:
-            raise BadFile(f"{path}: {size} bytes, expected at most {limit_bytes}")
-        return path.read_bytes()
-    except FileNotFoundError as error:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            # A pipe that nobody writes to would hang, /dev/zero never ends.
+            raise UsageError(
+                f"{path}: is a pipe or device, expected a plain file",
+                hint="save it to a file first; only edgeexit run reads frames from -",
+            )
+        return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UsageError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UsageError(f"{path}: is a folder, expected a file") from error
-    except NotADirectoryError as error:
-        raise UsageError(f"{path}: no such file") from error
     except OSError as error:
+        refusal = from_os_error(error, path)
+        if isinstance(refusal, UsageError):
+            raise refusal from error
         raise StorageError(f"{path}: cannot read: {error.strerror or error}") from error
 
 
@@ -139,11 +168,21 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not allowed")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is too large a number")
+    return value
+
+
 def parse_json(data: bytes, where: str) -> Table:
-    """One JSON object. Duplicate keys, NaN, Infinity and bad UTF-8 are BadFile."""
+    """One JSON object. Duplicate keys, NaN, Infinity, 1e999 and bad UTF-8 are BadFile."""
     try:
         values = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{where}: not valid JSON: {error}") from error
@@ -167,7 +206,16 @@ def read_toml(path: Path) -> Table:
 
 def json_bytes(document: Mapping[str, Any]) -> bytes:
     """The canonical bytes of a machine-written JSON file: indented, key order kept, no NaN."""
-    return (json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return encoded_json(json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def encoded_json(text: str) -> bytes:
+    """
+    JSON *text* as UTF-8, whatever the locale.
+
+    A file name's bytes that are no UTF-8 (lone surrogates in Python) become JSON's own escapes.
+    """
+    return text.encode(errors="backslashreplace")
 
 
 class Arrays:
@@ -210,29 +258,41 @@ def parse_npz(data: bytes, where: str) -> Arrays:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for entry in archive.infolist():
-                if entry.file_size > MAX_ARRAY_BYTES:
-                    raise BadFile(f"{where}: {entry.filename}: {entry.file_size} bytes unpacked")
+                name = entry.filename.removesuffix(".npy")
+                _check_entry(entry, name in arrays, where)
                 with archive.open(entry) as member:
                     _check_header(member, entry.file_size, f"{where}: {entry.filename}")
                 with archive.open(entry) as member:
-                    name = entry.filename.removesuffix(".npy")
                     arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        ValueError,
-        EOFError,
-        KeyError,
-        struct.error,
-        NotImplementedError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except EdgeExitError:
+        raise
+    except Exception as error:
+        # The one door to zipfile's and numpy's parsers: hostile bytes raise almost anything.
         raise BadFile(
             f"{where}: not a sound npz file: {error}",
             hint="write it with numpy.savez; pickled (object) arrays are not read",
         ) from error
     return Arrays(arrays, where)
+
+
+def parse_npy(data: bytes, where: str) -> Any:
+    """The array in the bytes of an npy file; objects, forged sizes and truncation are BadFile."""
+    import numpy as np
+
+    try:
+        _check_header(io.BytesIO(data), len(data), where)
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except EdgeExitError:
+        raise
+    except Exception as error:
+        raise BadFile(f"{where}: not a sound .npy file: {error}") from error
+
+
+def _check_entry(entry: zipfile.ZipInfo, is_known: bool, where: str) -> None:
+    if is_known:
+        raise BadFile(f"{where}: {entry.filename} stands twice")
+    if entry.file_size > MAX_ARRAY_BYTES:
+        raise BadFile(f"{where}: {entry.filename}: {entry.file_size} bytes unpacked")
 
 
 def _check_header(member: Any, size_bytes: int, where: str) -> None:
@@ -252,7 +312,8 @@ def _check_header(member: Any, size_bytes: int, where: str) -> None:
             f"{where}: holds pickled objects, expected plain numbers",
             hint="write it with numpy.savez from arrays of numbers or text",
         )
-    if count * dtype.itemsize > size_bytes:
+    # Numbers of no bytes at all (dtype V0, U0) could claim any count.
+    if count * max(1, dtype.itemsize) > size_bytes:
         raise BadFile(f"{where}: shape {shape} does not fit into {size_bytes} bytes")
 
 
@@ -319,7 +380,8 @@ def new_folder(path: Path, *, keep: Callable[[Path, Path], None] | None = None) 
             temporary.rename(path)
             _sync_folder(path.parent)
             if old is not None:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                is_folder = old.is_dir() and not old.is_symlink()
+                shutil.rmtree(old) if is_folder else old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -7,17 +7,15 @@ an encoded picture or a .npy file.
 """
 
 import glob
-import io
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import BadFile, EdgeExitError, UsageError
-from edgeexit.files import read_bytes, read_npz
+from edgeexit.files import parse_npy, read_bytes, read_npz
 from edgeexit.labelled import pictures_in
 from edgeexit.preprocess import Preprocess, load_image
 
@@ -86,8 +84,8 @@ def _file(path: Path, preprocess: Preprocess, shape: tuple[int, ...]) -> Iterato
 
 
 def _several(name: str, samples: NDArray[Any]) -> Iterator[Item]:
-    if samples.ndim == 0:
-        raise BadFile(f"{name}: samples: expected (N, ...), found one number")
+    if samples.ndim < 2 or samples.size == 0:
+        raise BadFile(f"{name}: samples: shape {samples.shape}, expected (N, ...) with N > 0")
     for index, sample in enumerate(samples):
         yield f"{name}[{index}]", sample
 
@@ -97,10 +95,9 @@ def _array(
 ) -> Iterator[Item]:
     if not data.startswith(_NPY):
         raise BadFile(f"{name}: not a .npy file")
-    try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, MemoryError, OverflowError, SyntaxError, TypeError) as error:
-        raise BadFile(f"{name}: not a sound .npy file: {' '.join(str(error).split())}") from error
+    values: NDArray[Any] = parse_npy(data, name)
+    if values.dtype.kind not in "iuf":
+        raise BadFile(f"{name}: {values.dtype}, expected numbers")
     if preprocess.kind == "array":
         is_one = values.shape == shape
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from edgeexit.errors import storage
+from edgeexit.files import encoded_json
 from edgeexit.runtime import Prediction
 
 LIMIT_BYTES = 10 << 20
@@ -29,7 +30,7 @@ class Journal:
 
     def write(self, answer: Mapping[str, Any]) -> None:
         """Append *answer*, moving the file away first if it would become too long."""
-        line = (json.dumps(answer, ensure_ascii=False) + "\n").encode()
+        line = encoded_json(json.dumps(answer, ensure_ascii=False) + "\n")
         with storage(self._path):
             if self._file.tell() and self._file.tell() + len(line) > self._limit_bytes:
                 self._rotate()
@@ -48,8 +49,9 @@ class Journal:
         return self._path.with_name(f"{self._path.name}.{number}") if number else self._path
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; what could not be written then is a StorageError, too."""
+        with storage(self._path):
+            self._file.close()
 
 
 class Summary:

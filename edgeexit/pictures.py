@@ -15,7 +15,8 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps
 
-from edgeexit.errors import BadFile, StorageError, UsageError
+from edgeexit.errors import BadFile
+from edgeexit.files import open_file
 
 # Never EPS or PDF: Pillow hands those to other programs.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
@@ -47,15 +48,8 @@ def open_picture(source: Path | str | bytes | IO[bytes]) -> Image.Image:
         return _decode(io.BytesIO(source), "picture")
     if not isinstance(source, str | os.PathLike):
         return _decode(source, str(getattr(source, "name", "picture")))
-    try:
-        with Path(source).open("rb") as file:
-            return _decode(file, str(source))
-    except FileNotFoundError as error:
-        raise UsageError(f"{source}: no such file") from error
-    except IsADirectoryError as error:
-        raise UsageError(f"{source}: is a folder, expected a picture") from error
-    except OSError as error:
-        raise StorageError(f"{source}: cannot read: {error.strerror or error}") from error
+    with open_file(Path(source)) as file:
+        return _decode(file, str(source))
 
 
 def _decode(file: IO[bytes], where: str) -> Image.Image:

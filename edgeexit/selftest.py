@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from edgeexit.bundle import Bundle
-from edgeexit.errors import SelfTestError
+from edgeexit.errors import BadFile, SelfTestError, UsageError
 from edgeexit.runtime import Runner, runtime_name
 
 MAX_STEPS = 2
@@ -51,7 +51,11 @@ def run_selftest(bundle: Bundle, threads: int = 1) -> SelfTestReport:
     found = []
     with Runner(bundle, None, threads) as runner:
         for index, sample in enumerate(test.samples):
-            tensor = runner.input_tensor(sample)
+            try:
+                tensor = runner.input_tensor(sample)
+            except UsageError as error:
+                # The sample is the bundle's own: the user did nothing wrong.
+                raise BadFile(f"{bundle.path}: self-test {error}") from error
             if not np.array_equal(tensor, test.inputs[index]):
                 raise SelfTestError(
                     f"{bundle.path}: self-test sample {index} gives another input tensor here",

@@ -6,13 +6,18 @@ the exit code of its class; anything else that escapes is a bug and says so.
 """
 
 import importlib
+import math
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from edgeexit.errors import EdgeExitError, StorageError
+from edgeexit.errors import DeviceError, EdgeExitError, from_os_error, printable
+
+_PROGRAM = "edgeexit"
 
 COMMANDS = {
     "train": "train a multi-exit network from a recipe",
@@ -63,7 +68,8 @@ class LazyGroup(click.Group):
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad file, 4 unsupported, 5 device, "
-    "6 disturbed measurement, 7 target out of reach, 8 busy, 9 parity, 10 self-test, 11 storage.",
+    "6 disturbed measurement, 7 target out of reach, 8 busy, 9 parity, 10 self-test, 11 storage, "
+    "130 interrupted.",
 )
 @click.version_option(package_name="edgeexit", prog_name="edgeexit")
 def main() -> None:
@@ -79,35 +85,48 @@ def main() -> None:
 
 
 def entry(argv: Sequence[str] | None = None) -> int:
-    """Run the command line with *argv* (default: the process's) and return its exit code."""
+    """
+    Run the command line with *argv* (default: the process's) and return its exit code.
+
+    Every exception ends here as one line on stderr. With EDGEEXIT_DEBUG=1 in the environment a
+    bug shows its traceback as well.
+    """
+    args = sys.argv[1:] if argv is None else list(argv)
     try:
-        code = main.main(args=None if argv is None else list(argv), standalone_mode=False)
-        # click turns Exit(code) into this value; commands themselves return None.
-        if isinstance(code, int):
-            return code
+        if "_EDGEEXIT_COMPLETE" in os.environ:  # the shell asks for completions
+            main.main(args=args, prog_name=_PROGRAM)
+        # Not main.main(): that turns a closed pipe into exit code 1 and an EOFError into Ctrl-C.
+        with main.make_context(_PROGRAM, args) as context:
+            main.invoke(context)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except EdgeExitError as error:
         return _refuse(str(error), error.hint, error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.Abort:
-        return _refuse("interrupted", None, 130)
     except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else "edgeexit"
+        command = error.ctx.command_path if error.ctx else _PROGRAM
         return _refuse(error.format_message(), f"{command} --help shows how", 2)
     except click.ClickException as error:
         return _refuse(error.format_message(), None, error.exit_code)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):
         return _refuse("interrupted", None, 130)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): nothing is wrong.
-        sys.stderr.close()
-        return 0
+        return _pipe_closed()
+    except MemoryError:
+        return _refuse(
+            "out of memory", "close other programs, or give fewer samples", DeviceError.exit_code
+        )
     except OSError as error:
-        if error.errno in (28, 30, 5, 122):  # ENOSPC, EROFS, EIO, EDQUOT
-            return _refuse(
-                f"{error.filename or 'storage'}: {error.strerror}", None, StorageError.exit_code
-            )
-        raise
+        refusal = from_os_error(error)
+        if refusal is None:
+            return _bug(error)
+        return _refuse(str(refusal), refusal.hint, refusal.exit_code)
+    except Exception as error:
+        return _bug(error)
     return 0
 
 
@@ -116,17 +135,61 @@ def script() -> None:
     sys.exit(entry())
 
 
+def _pipe_closed() -> int:
+    # The reader of our output went away (`| head`): nothing is wrong. What is still buffered
+    # must go nowhere, or Python complains at its end.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    return 0
+
+
+def _bug(error: Exception) -> int:
+    is_debugged = os.environ.get("EDGEEXIT_DEBUG") == "1"
+    if is_debugged:
+        click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119
+    return _refuse(
+        f"a bug in edgeexit: {type(error).__name__} at {place}: {error}",
+        "please report it with this line and the command"
+        if is_debugged
+        else "EDGEEXIT_DEBUG=1 shows more; please report it with that and the command",
+        1,
+    )
+
+
 def _refuse(message: str, hint: str | None, code: int) -> int:
-    line = " ".join(message.split())
-    click.echo(f"Error: {line}", err=True)
+    show_error(message)
     if hint:
-        click.echo(f"Hint: {hint}", err=True)
+        click.echo(f"Hint: {one_line(hint)}", err=True)
     return code
+
+
+def show_error(message: str) -> None:
+    """Print *message* on stderr as one line in which no character does harm."""
+    click.echo(f"Error: {one_line(message)}", err=True)
+
+
+def one_line(text: str) -> str:
+    """*text* with every run of blanks and line ends as one blank, and made printable."""
+    return printable(" ".join(text.split()))
+
+
+def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    """Callback of an option: refuse NaN and infinity, which click's own ranges let pass."""
+    if value is not None and not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a finite number.", context, option)
+    return value
 
 
 def progress(*args: Any, **kwargs: Any) -> Any:
     """A click progress bar on stderr: with rate and ETA on a terminal, silent elsewhere."""
     kwargs.setdefault("file", sys.stderr)
     kwargs.setdefault("show_eta", True)
-    kwargs.setdefault("hidden", not sys.stderr.isatty())
+    kwargs.setdefault("hidden", sys.stderr is None or not sys.stderr.isatty())
     return click.progressbar(*args, **kwargs)

@@ -42,7 +42,7 @@ def command(from_checkpoint: bool, output: Path | None, as_json: bool) -> None:
 
     from edgeexit import demo
 
-    if output is not None and output.exists() and any(output.iterdir()):
+    if output is not None and output.exists() and (output.is_file() or any(output.iterdir())):
         raise UsageError(f"{output}: not an empty folder", hint="choose a new one")
     steps = Steps()
     with tempfile.TemporaryDirectory(prefix="edgeexit-demo-") as temporary:

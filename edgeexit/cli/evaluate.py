@@ -53,10 +53,9 @@ def command(
         stem, colon, splits = text.rpartition(":")
         many = colon and not Path(text).exists()
         sources += [f"{stem}:{split}" for split in splits.split("+")] if many else [text]
-    parts = [
-        load_samples(text, bundle.preprocess, bundle.class_names, bundle.input.shape)
-        for text in sources
-    ]
+    # Pictures have the shape that preprocessing says; the bundle's input is always channels last.
+    shape = bundle.input.shape if bundle.preprocess.kind == "array" else None
+    parts = [load_samples(text, bundle.preprocess, bundle.class_names, shape) for text in sources]
     sets = {text.rpartition(":")[0] for text in sources}
     origin = find_set(next(iter(sets))) if len(sets) == 1 and is_set(next(iter(sets))) else None
     whole = joined(parts)

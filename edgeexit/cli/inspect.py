@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.errors import printable
+
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
     from edgeexit.tflite import TensorSpec
@@ -15,15 +17,14 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 def command(bundle: Path | None, as_json: bool) -> None:
     """Show the segments, preprocessing, origin and policies of BUNDLE (default: the only one)."""
-    import json
-
     from edgeexit.bundle import load_bundle
+    from edgeexit.files import json_bytes
     from edgeexit.names import only_bundle_here
 
     loaded = load_bundle(only_bundle_here() if bundle is None else bundle)
     document = _document(loaded)
     if as_json:
-        click.echo(json.dumps(document, ensure_ascii=False, indent=1))
+        click.echo(json_bytes(document), nl=False)
         return
     click.echo(_text(loaded, document))
 
@@ -103,4 +104,4 @@ def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
     if bundle.provenance:
         lines.append("")
     lines += [f"{key}: {value}" for key, value in bundle.provenance.items()]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

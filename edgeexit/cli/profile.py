@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edgeexit.cli import progress
+from edgeexit.cli import finite, progress
 
 
 @click.command("profile", short_help="measure the latency of each exit on a device")
@@ -20,6 +20,7 @@ from edgeexit.cli import progress
     default=20.0,
     show_default=True,
     type=click.FloatRange(0.1, 86400),
+    callback=finite,
     help="seconds of measuring, all processes together",
 )
 @click.option(

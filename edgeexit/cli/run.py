@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.cli import finite, show_error
+from edgeexit.errors import EdgeExitError, UsageError, printable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--threads", type=click.IntRange(1, 64), default=1, show_default=True)
 @click.option("--preload", is_flag=True, help="open all segments at start (streams always do)")
 @click.option("--top", type=click.IntRange(min=1), help="also list the K likeliest classes")
-@click.option("--min-confidence", type=float, help="below this the class is `unsure`")
+@click.option(
+    "--min-confidence", type=float, callback=finite, help="below this the class is `unsure`"
+)
 @click.option(
     "--log", type=click.Path(path_type=Path), help="append answers as JSON Lines; rotates"
 )
@@ -129,13 +132,17 @@ class _Options:
 
 def _classify(runner: "Runner", names: list[str], options: _Options, log: Path | None) -> int:
     """Answer all inputs; the exit code of the first that failed, or 0."""
+    import io
     import os
     import signal
     import sys
 
-    from edgeexit.inputs import read_inputs
+    from edgeexit.inputs import STDIN, read_inputs
     from edgeexit.journal import Journal, Summary
 
+    if STDIN in names and sys.stdin is None:
+        raise UsageError("-: standard input is closed, expected frames")
+    stdin = io.BytesIO() if sys.stdin is None else sys.stdin.buffer
     bundle = runner.bundle
     summary = Summary(bundle.exits)
     journal = Journal(log) if log is not None else None
@@ -144,7 +151,6 @@ def _classify(runner: "Runner", names: list[str], options: _Options, log: Path |
         signal.SIGUSR1, lambda *_: os.write(2, f"{summary.text()}\n".encode()) and None
     )
     code = 0
-    stdin = sys.stdin.buffer
     try:
         for name, sample in read_inputs(names, bundle.preprocess, bundle.input.shape[1:], stdin):
             try:
@@ -153,7 +159,7 @@ def _classify(runner: "Runner", names: list[str], options: _Options, log: Path |
                 prediction = runner(sample)
             except EdgeExitError as error:
                 place = "" if name in str(error) else f"{name}: "
-                click.echo(f"Error: {place}{error}", err=True)
+                show_error(f"{place}{error}")
                 summary.failed += 1
                 code = code or error.exit_code
                 continue
@@ -182,7 +188,9 @@ def _classify(runner: "Runner", names: list[str], options: _Options, log: Path |
 def _echo_json(document: dict[str, Any]) -> None:
     import json
 
-    click.echo(json.dumps(document, ensure_ascii=False, allow_nan=False))
+    from edgeexit.files import encoded_json
+
+    click.echo(encoded_json(json.dumps(document, ensure_ascii=False, allow_nan=False)))
 
 
 def _show(answer: dict[str, Any], bundle: "Bundle", as_json: bool) -> None:
@@ -190,7 +198,7 @@ def _show(answer: dict[str, Any], bundle: "Bundle", as_json: bool) -> None:
         _echo_json(answer)
         return
     click.echo(
-        f"{answer['input']}: {answer['class']}  {answer['confidence']:.3f}  "
+        f"{printable(answer['input'])}: {answer['class']}  {answer['confidence']:.3f}  "
         f"{bundle.exits[answer['exit']]}  {answer['latency_ms']:.3f} ms"
     )
     for entry in answer.get("top", ()):

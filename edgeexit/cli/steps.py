@@ -18,7 +18,7 @@ class Steps:
         self.seconds: dict[str, float] = {}
         self._name = ""
         self._started = perf_counter()
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr is not None and sys.stderr.isatty()
 
     def __call__(self, name: str, done: float) -> None:
         """Tell that the step *name* has come as far as *done*."""
