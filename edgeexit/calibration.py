@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.duplicates import near_duplicates
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, UsageError, storage
 from edgeexit.files import digest_of, new_folder, npz_bytes, read_bytes, read_npz
 from edgeexit.labelled import Samples, folder_classes
 from edgeexit.overlap import sample_digests
@@ -301,7 +301,7 @@ def write_set(
     lines = ["# Labelled samples for edgeexit; the keys are explained in calibration/README.md."]
     lines += _toml(head)
     lines += ["", "[preprocess]", *_toml(preprocess.to_document())]
-    with new_folder(out) as folder:
+    with new_folder(out) as folder, storage(out):
         for split, part in parts.items():
             # Only as wide as the longest id, whatever array the ids were cut from.
             ids = np.array(part.ids.tolist())

@@ -36,7 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a bundle, a sound picture and a sound npz."""
     folder = tmp_path_factory.mktemp("made")
     small_bundle(folder)
-    samples = pictures(16)
+    samples = pictures(200)
     Image.fromarray(samples.samples[0, ..., 0]).save(folder / "good.png")
     np.savez(folder / "good.npz", samples=samples.samples, labels=samples.labels)
     return folder
@@ -314,6 +314,11 @@ def shell(command: str, **more: object) -> subprocess.CompletedProcess[bytes]:
             "trap '' XFSZ; ulimit -f 0; EDGEEXIT evaluate small.edgeexit good.npz --record r.npz",
             11,
             b"r.npz: cannot write: File too large",
+        ),
+        (
+            "trap '' XFSZ; ulimit -f 0; EDGEEXIT calibration make good.npz -o new",
+            11,
+            b"new: cannot write: File too large",
         ),
     ],
 )
