@@ -25,6 +25,8 @@ IDENTIFIER = b"TFL3"
 SCHEMA_VERSION = 3
 # A flatbuffer's own offsets are 32 bits wide.
 MAX_FILE_BYTES = 2**31 - 1
+# No kernel takes more than 8; the product of a million forged lengths would keep us busy.
+MAX_AXES = 32
 
 # dtype names of tensors that may cross a segment's edge, with bytes an element.
 EDGE_DTYPES = {
@@ -255,6 +257,10 @@ class _Reader:
         # A vector may not be longer than the file, and two vectors of a sound file do not
         # overlap: the sum of all lengths is bounded, or a forged file could keep us busy.
         self.budget = len(data)
+        # The same holds for constants, but for equal ones stored once: (address, bytes) of
+        # each stored place -> the first buffer that lies there.
+        self.places: dict[tuple[int, int], int] = {}
+        self.room = len(data)
 
     def bad(self, fact: str) -> BadFile:
         return BadFile(f"{self.where}: damaged .tflite: {fact}")
@@ -264,6 +270,13 @@ class _Reader:
         if count < 0 or self.budget < 0:
             raise self.bad(f"{count} {what} do not fit into {len(self.data)} bytes")
         return count
+
+    def weigh(self, packed: Any) -> Any:
+        """*packed* itself, its strings and vectors paid for: many may point at the same one."""
+        for value in vars(packed).values():
+            if hasattr(value, "__len__"):
+                self.spend(len(value), "bytes")
+        return packed
 
     def model(self) -> Model:
         root = self.root
@@ -281,7 +294,7 @@ class _Reader:
         tensor_count = self.spend(graph.TensorsLength(), "tensors")
         tensors = [self.tensor(graph.Tensors(i), i, buffer_count) for i in range(tensor_count)]
         opcodes = [
-            _schema().OperatorCodeT.InitFromObj(root.OperatorCodes(i))
+            self.weigh(_schema().OperatorCodeT.InitFromObj(root.OperatorCodes(i)))
             for i in range(self.spend(root.OperatorCodesLength(), "operator codes"))
         ]
         kinds = [self.kind(code) for code in opcodes]
@@ -310,7 +323,20 @@ class _Reader:
                 raise self.bad(f"{what}: tensor {number} of {limit}")
         return numbers
 
-    def constant(self, index: int) -> "np.ndarray | None":
+    def constant(self, index: int) -> "tuple[int, np.ndarray | None]":
+        """What buffer *index* holds, if anything, and the first buffer at that very place."""
+        stored = self.stored(index)
+        if stored is None:
+            return index, None
+        key = (stored.ctypes.data, stored.size)
+        if key not in self.places:
+            self.places[key] = index
+            self.room -= stored.size
+            if self.room < 0:
+                raise self.bad("its constants overlap")
+        return self.places[key], stored
+
+    def stored(self, index: int) -> "np.ndarray | None":
         import numpy as np
 
         buffer = self.root.Buffers(index)
@@ -338,7 +364,8 @@ class _Reader:
             raise self.bad(f"tensor {index} is of type {raw.Type()}")
         if kind not in _BITS:
             raise Unsupported(f"{place}: {kind.lower()} values cannot be cut")
-        self.spend(raw.ShapeLength(), "axes")
+        if self.spend(raw.ShapeLength(), "axes") > MAX_AXES:
+            raise self.bad(f"tensor {index} has {raw.ShapeLength()} axes")
         shape = () if raw.ShapeIsNone() else tuple(raw.ShapeAsNumpy().tolist())
         if any(length < 0 for length in shape):
             raise Unsupported(f"{place}: shape {shape} has no fixed size")
@@ -347,15 +374,14 @@ class _Reader:
             raise self.bad(f"tensor {index} of shape {shape} has {size_bytes} bytes")
         if not 0 <= raw.Buffer() < max(buffer_count, 1):
             raise self.bad(f"tensor {index} lies in buffer {raw.Buffer()} of {buffer_count}")
-        constant = self.constant(raw.Buffer()) if raw.Buffer() else None
+        buffer, constant = self.constant(raw.Buffer()) if raw.Buffer() else (0, None)
         if constant is not None and constant.size != size_bytes:
             raise self.bad(
                 f"tensor {index} of shape {shape} holds {constant.size} bytes, "
                 f"expected {size_bytes}"
             )
-        packed = _schema().TensorT.InitFromObj(raw)
+        packed = self.weigh(_schema().TensorT.InitFromObj(raw))
         name = (packed.name or b"").decode("utf-8")
-        self.spend(len(name), "letters")
         scales, zero_points = self.quantization(packed.quantization, place)
         return Tensor(
             name=name,
@@ -363,7 +389,7 @@ class _Reader:
             dtype=kind.lower(),
             scales=scales,
             zero_points=zero_points,
-            buffer=raw.Buffer(),
+            buffer=buffer,
             constant=constant,
             packed=packed,
         )
@@ -374,9 +400,9 @@ class _Reader:
         if raw.detailsType:
             # Blockwise scales are tensors themselves, named by index.
             raise Unsupported(f"{place}: quantized blockwise or in a custom way")
+        self.weigh(raw)
         scales = () if raw.scale is None else tuple(raw.scale.tolist())
         zero_points = () if raw.zeroPoint is None else tuple(raw.zeroPoint.tolist())
-        self.spend(len(scales) + len(zero_points), "scales")
         if not all(math.isfinite(scale) and scale >= 0 for scale in scales):
             raise self.bad(f"{place.rpartition(': ')[2]} has a scale that is not a number")
         return scales, zero_points
@@ -396,12 +422,14 @@ class _Reader:
         place = f"{self.where}: operator {index} ({kind})"
         if kind in _REFUSED:
             raise Unsupported(f"{place}: {_REFUSED[kind]}")
-        packed = _schema().OperatorT.InitFromObj(raw)
+        packed = self.weigh(_schema().OperatorT.InitFromObj(raw))
         for options, found in (
             (packed.builtinOptions, raw.BuiltinOptions()),
             (packed.builtinOptions2, raw.BuiltinOptions2()),
         ):
-            if options is None and found is not None:
+            if options is not None:
+                self.weigh(options)
+            elif found is not None:
                 raise Unsupported(f"{place}: its options are of a newer schema")
         if packed.intermediates is not None and len(packed.intermediates):
             raise Unsupported(f"{place}: keeps intermediate values")
@@ -412,6 +440,7 @@ class _Reader:
             if offset + size > len(self.data):
                 raise self.bad(f"operator {index}: options end at byte {offset + size}")
             packed.customOptions = np.frombuffer(self.data, np.uint8, size, offset)
+            self.spend(size, "bytes of options")
             packed.largeCustomOptionsOffset = packed.largeCustomOptionsSize = 0
         return Operator(
             kind=kind,
