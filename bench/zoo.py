@@ -23,7 +23,7 @@ def differing_bytes(bundle, samples) -> int:
 
     uncut = open_interpreter(bundle.model_data())
     target = next(iter(uncut.inputs.values()))
-    names = [bundle.exit_tensors()[exit] for exit in bundle.exits]
+    names = [bundle.exit_tensors[exit] for exit in bundle.exits]
     different = 0
     with Runner(bundle, policy=None, preload=True) as runner:
         for sample in samples:
