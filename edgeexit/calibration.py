@@ -107,8 +107,11 @@ def make_set(
     name = out.name
     if not NAME.fullmatch(name):
         raise UsageError(f"{name!r}: expected a name of letters, digits, '.', '_', '-'")
-    if out.exists() and not (out / "set.toml").is_file():
-        raise UsageError(f"{out}: exists and is no calibration set", hint="choose another name")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UsageError(
+            f"{out}: exists already, expected a new folder",
+            hint="choose another name, or remove it first",
+        )
     if source.is_dir():
         class_names = tuple(class_names or folder_classes(source))
     elif preprocess is None and source.suffix == ".npz":

@@ -1,8 +1,9 @@
 """
 Turn names into things: an entry of a dict, a "module:attribute", a data folder, a bundle.
 
-A wrong word is an error that lists the words there are and the nearest one; nothing is
-guessed. Data folders are found both in an installed wheel and in a checkout.
+A wrong word is an error that lists the words there are (of many, the nearest and the first)
+and the nearest one; nothing is guessed. Data folders are found both in an installed wheel and
+in a checkout.
 """
 
 import difflib
@@ -11,19 +12,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from edgeexit.errors import UsageError
+from edgeexit.errors import UsageError, printable
 
 T = TypeVar("T")
 
 _PACKAGE = Path(__file__).resolve().parent
+# A network may have thousands of tensors: an error lists no more names than this.
+_LISTED = 20
 
 
 def unknown(name: str, known: Iterable[str], what: str) -> UsageError:
     """The error for a *name* that is not among the *known* names of a *what*."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=_LISTED)
+    listed = known
+    if len(known) > _LISTED:
+        listed = [*near, *(other for other in known if other not in near)][:_LISTED]
+    have = ", ".join(map(printable, listed)) or "none"
+    if len(listed) < len(known):
+        have += f" and {len(known) - len(listed)} more"
     return UsageError(
-        f"no {what} named {name!r} (have: {', '.join(known) or 'none'})",
+        f"no {what} named {name!r} (have: {have})",
         hint=f"did you mean {near[0]!r}?" if near else None,
     )
 

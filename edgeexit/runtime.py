@@ -222,6 +222,11 @@ class Runner:
         *,
         device: str | None = None,
     ) -> None:
+        if not isinstance(bundle, Bundle):
+            raise UsageError(
+                f"Runner: expected a Bundle, found {type(bundle).__name__}",
+                hint="Runner(edgeexit.load_bundle(path))",
+            )
         self.bundle = bundle
         self.notice: str | None = None
         self.policy, self.policy_origin = self._choose_policy(policy, device)

@@ -139,22 +139,34 @@ def shipped_sets() -> list[str]:
 
 
 def find_set(name: str | Path) -> CalibrationSet:
-    """The set called *name*, shipped or a folder here that holds a set.toml."""
-    shipped = shipped_sets()
-    if str(name) in shipped:
-        return CalibrationSet.load(data_folder("calibration") / name)
-    if (Path(name) / "set.toml").is_file():
-        return CalibrationSet.load(Path(name))
-    error = unknown(str(name), shipped, "calibration set")
+    """
+    The set called *name*: shipped, or a folder here that holds a set.toml.
+
+    A bare name also finds ./calibration/NAME and ./NAME: bundles store a set's name, not its path.
+    """
+    folder = _set_folder(name)
+    if folder is not None:
+        return CalibrationSet.load(folder)
+    error = unknown(str(name), shipped_sets(), "calibration set")
     raise UsageError(
         str(error),
-        hint=error.hint or "make your own with: edgeexit calibration make FOLDER -o NAME",
+        hint=error.hint
+        or "go to the folder that holds it (or its calibration/), or make a set: "
+        "edgeexit calibration make FOLDER -o NAME",
     )
 
 
 def is_set(text: str | Path) -> bool:
     """Whether *text* names a set as find_set understands it (and not bare samples)."""
-    return str(text) in shipped_sets() or (Path(text) / "set.toml").is_file()
+    return _set_folder(text) is not None
+
+
+def _set_folder(name: str | Path) -> Path | None:
+    if str(name) in shipped_sets():
+        return data_folder("calibration") / name
+    # What lies here under that very name comes first: it may be a folder of pictures.
+    folder = Path(name) if Path(name).exists() else Path("calibration") / name
+    return folder if (folder / "set.toml").is_file() else None
 
 
 def load_samples(

@@ -104,7 +104,8 @@ def test_an_ambiguous_source_is_refused(tmp_path: Path) -> None:
 
 def test_a_foreign_folder_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(UsageError, match="no calibration set"):
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(UsageError, match="exists already"):
         make_set(source(tmp_path), tmp_path / "out")
 
 
@@ -136,3 +137,11 @@ def test_the_shipped_set_is_rebuilt_byte_for_byte(tmp_path: Path) -> None:
     shipped = find_set("fashion-mnist").folder
     for name in ("set.toml", *(f"{split}.npz" for split in SPLITS)):
         assert (tmp_path / "again" / name).read_bytes() == (shipped / name).read_bytes()
+
+
+def test_an_existing_set_is_not_replaced_unasked(tmp_path: Path) -> None:
+    make_set(source(tmp_path), tmp_path / "out")
+    before = (tmp_path / "out" / "set.toml").read_bytes()
+    with pytest.raises(UsageError, match="exists already"):
+        make_set(source(tmp_path), tmp_path / "out", seed=1)
+    assert (tmp_path / "out" / "set.toml").read_bytes() == before

@@ -331,3 +331,11 @@ def test_save_needs_weights_and_plain_values(tmp_path: Path) -> None:
         saved(tmp_path / "n.pt", model=None)
     with pytest.raises(UsageError, match="plain values"):
         saved(tmp_path / "n.pt", metadata={"x": io.BytesIO()})
+
+
+def test_a_text_file_is_no_checkpoint_and_nothing_unsafe_is_advised(tmp_path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("format = 1\n")
+    with pytest.raises(BadFile, match="is no PyTorch file") as caught:
+        load_checkpoint(path)
+    assert "edgeexit train" in str(caught.value.hint)

@@ -19,6 +19,32 @@ def test_an_unknown_name_lists_what_there_is_and_the_nearest() -> None:
     assert e.value.hint == "did you mean 'margin'?"
 
 
+def test_of_many_names_the_nearest_and_the_first_are_listed() -> None:
+    many = {f"layer{n:03}": n for n in range(100)} | {"zoom": 0}
+    with pytest.raises(UsageError) as e:
+        choose("zooms", many, "tensor")
+
+    first = ", ".join(f"layer{n:03}" for n in range(19))
+    assert str(e.value) == f"no tensor named 'zooms' (have: zoom, {first} and 81 more)"
+    assert e.value.hint == "did you mean 'zoom'?"
+
+
+def test_twenty_names_are_all_listed_in_order() -> None:
+    letters = "abcdefghijklmnopqrst"
+    with pytest.raises(UsageError) as e:
+        choose("z", dict.fromkeys(letters), "letter")
+
+    assert str(e.value) == f"no letter named 'z' (have: {', '.join(letters)})"
+
+
+def test_names_from_a_file_cannot_fake_a_line() -> None:
+    with pytest.raises(UsageError) as e:
+        choose("line", {"line\n\x1b[2J": 1}, "tensor")
+
+    assert str(e.value) == "no tensor named 'line' (have: line\\n\\x1b[2J)"
+    assert str(e.value.hint).isprintable()
+
+
 def test_a_module_attribute_is_loaded_and_absent_ones_are_refused() -> None:
     assert load_attribute("os.path:join", "thing") is __import__("os").path.join
     for name in ("os.path", "os:", ":x", "os:no_such", "no_such_module:x"):

@@ -255,3 +255,9 @@ def test_garbage_is_refused_by_open_interpreter() -> None:
 def test_the_face_of_the_package() -> None:
     assert edgeexit.Runner is Runner
     assert edgeexit.Prediction.__name__ == "Prediction"
+
+
+def test_a_path_for_a_bundle_is_refused_with_the_way_out() -> None:
+    with pytest.raises(UsageError, match="expected a Bundle, found str") as caught:
+        Runner("fashion.edgeexit")  # type: ignore[arg-type]
+    assert "load_bundle" in str(caught.value.hint)

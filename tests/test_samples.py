@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from edgeexit.errors import BadFile, UsageError
+from edgeexit.names import data_folder
 from edgeexit.preprocess import Preprocess
-from edgeexit.samples import SPLITS, find_set, load_samples
+from edgeexit.samples import SPLITS, find_set, is_set, load_samples
 
 RGB = Preprocess(kind="image", size=(4, 5))
 ARRAY = Preprocess(kind="array", layout="as-is")
@@ -150,3 +151,14 @@ def test_an_altered_absent_or_outside_split_is_refused(tmp_path: Path) -> None:
     (folder / "set.toml").write_text(text.replace('"report.npz"', '"../report.npz"'))
     with pytest.raises(BadFile, match="plain file name"):
         find_set(folder)
+
+
+def test_a_set_in_the_calibration_folder_here_is_found_by_name(tmp_path, monkeypatch) -> None:
+    """Bundles store a set's name only: `tune` must find it again beside them."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data_folder("calibration") / "fashion-mnist", tmp_path / "calibration" / "mine")
+
+    assert find_set("mine").digest == find_set("fashion-mnist").digest
+    assert is_set("mine")
+    (tmp_path / "mine").mkdir()
+    assert not is_set("mine")  # what lies here under that very name comes first

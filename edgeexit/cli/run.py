@@ -74,6 +74,10 @@ def command(
     if all_exits and policy not in ("auto", "none"):
         raise UsageError("--all-exits stops nowhere: leave --policy out")
     chosen = None if all_exits or policy == "none" else policy
+    if device is not None:
+        from edgeexit.device import find_device
+
+        device = find_device(device).name
     with Runner(loaded, chosen, threads, preload or "-" in names, device=device) as runner:
         if runner.notice:
             click.echo(f"Note: {runner.notice}", err=True)

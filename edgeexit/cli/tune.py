@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="default: made now from the bundle's calibration set",
 )
+@click.option(
+    "--calibration",
+    metavar="NAME|FOLDER",
+    help="the bundle's calibration set, if it does not lie here or in ./calibration",
+)
 @click.option("--device", "device_name", help="default: the kind of board that this machine is")
 @click.option(
     "--max-accuracy-drop",
@@ -41,6 +46,7 @@ def command(
     bundle_path: Path | None,
     profile_path: Path | None,
     record_path: Path | None,
+    calibration: str | None,
     device_name: str | None,
     max_accuracy_drop: float,
     measure: str | None,
@@ -74,7 +80,7 @@ def command(
             f"{source}: no profile", hint=f"make it with: edgeexit profile --device {name}"
         )
     profile = Profile.load(source)
-    record = Record.load(record_path) if record_path else _fresh_record(bundle)
+    record = Record.load(record_path) if record_path else _fresh_record(bundle, calibration)
     tune.check_inputs(bundle, record, profile, name)
     policy = tune.choose(record, profile, max_accuracy_drop, measure)
     path = bundle.policy_path(name)
@@ -86,7 +92,7 @@ def command(
     click.echo(f"wrote {path}", err=True)
 
 
-def _fresh_record(bundle: "Bundle") -> "Record":
+def _fresh_record(bundle: "Bundle", calibration: str | None) -> "Record":
     """Run the tuning and certificate splits of the set that the bundle names."""
     from edgeexit import tune
     from edgeexit.errors import BadFile
@@ -99,7 +105,8 @@ def _fresh_record(bundle: "Bundle") -> "Record":
             f"{bundle.path}: names no calibration set",
             hint="give --record FILE.npz, made with: edgeexit evaluate BUNDLE DATA --record",
         )
-    found = find_set(named["name"])
+    source = calibration or named["name"]
+    found = find_set(source)
     if found.digest != named["digest"]:
         raise BadFile(
             f"calibration set {found.name!r} is another one than the bundle's "
@@ -107,9 +114,7 @@ def _fresh_record(bundle: "Bundle") -> "Record":
             hint="convert again with this set, or give --record",
         )
     parts = [
-        load_samples(
-            f"{named['name']}:{split}", bundle.preprocess, bundle.class_names, bundle.input.shape
-        )
+        load_samples(f"{source}:{split}", bundle.preprocess, bundle.class_names, bundle.input.shape)
         for split in (tune.TUNING, tune.CERTIFICATE)
     ]
     with progress(length=sum(map(len, parts)), label="record") as bar:

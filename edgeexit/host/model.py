@@ -209,7 +209,7 @@ def save_checkpoint(
     kwargs: Mapping[str, Any] | None = None,
     input_shape: Sequence[int],
     class_names: Sequence[str],
-    preprocess: Preprocess,
+    preprocess: Preprocess | Mapping[str, Any],
     calibration_set: str | None = None,
     training_digests: bytes | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -217,10 +217,13 @@ def save_checkpoint(
     """
     Write the weights of *model* (or *state_dict*) so that load_checkpoint can read them.
 
+    *preprocess* may also be the plain object of docs/formats.md.
     *arch* is "package.module:factory", which called with *kwargs* gives the same network;
     *training_digests* are the bytes of a samples.Bloom over what it was trained on. The bytes
     depend on the arguments only. BadFile if what would be written could not be read back.
     """
+    if not isinstance(preprocess, Preprocess):
+        preprocess = Preprocess.from_table(Table(preprocess, "preprocess"))
     weights = state_dict if model is None else model.state_dict()
     if weights is None:
         raise UsageError("save_checkpoint: neither model nor state_dict is given")
@@ -392,6 +395,11 @@ def _all_tensors(values: dict[Any, Any]) -> bool:
 
 def _unpack(data: bytes, where: str) -> dict[str, Any]:
     """The dict in the file, read without running anything in it."""
+    if not data.startswith((b"PK", b"\x80")):
+        raise BadFile(
+            f"{where}: is no PyTorch file, expected a checkpoint",
+            hint="a recipe is for: edgeexit train RECIPE.toml",
+        )
     try:
         unpacked_bytes = _unpacked_bytes(data)
         if unpacked_bytes <= len(data):
