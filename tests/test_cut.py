@@ -20,6 +20,7 @@ from tiny import tiny_model
 from edgeexit.cut import SegmentPlan, TensorSpec, cut, drop_dead, exit_order, model_io, uncut
 from edgeexit.errors import BadFile, EdgeExitError, Unsupported, UsageError
 from edgeexit.files import Table
+from edgeexit.interpreter import open_interpreter
 
 Values = dict[str, np.ndarray]
 
@@ -508,3 +509,24 @@ def test_wrong_specs_are_refused(changes: dict[str, object]) -> None:
     (key,) = changes
     with pytest.raises(BadFile, match=rf"^b: {key}"):
         TensorSpec.from_table(Table(spec(**changes), "b"))
+
+
+MLPERF_TINY = Path(__file__).resolve().parents[2] / "shared" / "data" / "mlperf_tiny"
+
+
+@pytest.mark.parametrize("path", sorted(MLPERF_TINY.glob("*.tflite")), ids=lambda path: path.stem)
+def test_a_foreign_file_cut_at_its_one_exit_answers_the_same(path: Path) -> None:
+    data = path.read_bytes()
+    inputs, outputs = model_io(data)
+
+    (plan,) = cut(data, {"final": outputs[0].name})
+
+    whole, segment = open_interpreter(data), open_interpreter(plan.data)
+    name = inputs[0].name
+    bytes_in = np.random.default_rng(0).integers(0, 256, whole.inputs[name].nbytes, np.uint8)
+    if whole.inputs[name].dtype.kind == "f":
+        bytes_in = (bytes_in[: whole.inputs[name].size] / 255).astype(np.float32).view(np.uint8)
+    for opened in (whole, segment):
+        opened.inputs[name].reshape(-1).view(np.uint8)[:] = bytes_in
+        opened.invoke()
+    assert np.array_equal(whole.outputs[outputs[0].name], segment.outputs[plan.outputs[0].name])
