@@ -5,6 +5,7 @@ A single process is not a measurement on a shared machine (its median differs by
 from the next one's), so every ratio is taken inside a process and the spread is over processes.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -30,6 +31,15 @@ def in_processes(count: int, script: str, *args: str) -> list[dict[str, Any]]:
         answers.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"  process {index + 1}/{count}", file=sys.stderr)
     return answers
+
+
+def options(description: str) -> argparse.Namespace:
+    """The options of a measurement over processes; `--worker BUNDLE` is how it starts one."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--processes", type=int, default=10)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -7,7 +7,6 @@ Both sides get the input bytes copied in and run through the same runtime, one t
 calls in turns. A decision is label, confidence and comparison of one exit.
 """
 
-import argparse
 import json
 import random
 import statistics
@@ -15,7 +14,7 @@ import tempfile
 from pathlib import Path
 from time import perf_counter_ns
 
-from common import in_processes, save, spread
+from common import in_processes, options, save, spread
 
 NETS = ("resnet8", "resnet56")
 CALLS, BLOCKS = 60, 60
@@ -71,13 +70,9 @@ def worker(path: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--processes", type=int, default=10)
-    parser.add_argument("--worker", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(worker(options.worker, options.seed)))
+    given = options(__doc__.splitlines()[1])
+    if given.worker:
+        print(json.dumps(worker(given.worker, given.seed)))
         return
     from nets import bundle_of
 
@@ -85,7 +80,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in NETS:
             bundle = bundle_of(name, Path(folder))
-            runs = in_processes(options.processes, "cutting.py", str(bundle.path))
+            runs = in_processes(given.processes, "cutting.py", str(bundle.path))
             figures[name] = {key: spread([run[key] for run in runs]) for key in runs[0]}
     save("cutting", "python bench/cutting.py", figures)
 

@@ -8,12 +8,11 @@ one thread, the runners taking turns. The rivals: the same network without exits
 cheapest single exit that is within the same budget on `tuning`, each cut out alone.
 """
 
-import argparse
 import json
 import tempfile
 from pathlib import Path
 
-from common import in_processes, save, spread
+from common import in_processes, options, save, spread
 
 
 def worker(path: Path, seed: int) -> dict[str, float]:
@@ -38,13 +37,9 @@ def worker(path: Path, seed: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
-    parser.add_argument("--processes", type=int, default=10)
-    parser.add_argument("--worker", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
-    if options.worker:
-        print(json.dumps(worker(options.worker, options.seed)))
+    given = options(__doc__.splitlines()[1])
+    if given.worker:
+        print(json.dumps(worker(given.worker, given.seed)))
         return
     from edgeexit import demo, profile, tune
     from edgeexit.evaluate import evaluate
@@ -57,7 +52,7 @@ def main() -> None:
         policy.save(bundle.policy_path("host"))
         report = find_set("fashion-mnist").split("report")
         full, tuned = evaluate(bundle, report, None), evaluate(bundle, report, policy)
-        runs = in_processes(options.processes, "early_exit.py", str(bundle.path))
+        runs = in_processes(given.processes, "early_exit.py", str(bundle.path))
     figures = {
         "accuracy_full": full.accuracy,
         "accuracy_policy": tuned.accuracy,
