@@ -9,8 +9,8 @@ from torch import nn
 
 from edgeexit.bundle import Bundle, load_bundle
 from edgeexit.errors import Unsupported
+from edgeexit.host.checkpoint import save_checkpoint
 from edgeexit.host.convert import convert
-from edgeexit.host.model import save_checkpoint
 from edgeexit.host.zoo import ZOO
 from edgeexit.preprocess import Preprocess, fit_sample, real_values
 from edgeexit.samples import find_set

@@ -27,8 +27,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("litert_torch")
 
 from edgeexit.host import answers, zoo  # noqa: E402
+from edgeexit.host.checkpoint import save_checkpoint  # noqa: E402
 from edgeexit.host.convert import convert  # noqa: E402
-from edgeexit.host.model import save_checkpoint  # noqa: E402
 from edgeexit.runtime import Runner  # noqa: E402
 from tests import host_nets  # noqa: E402
 

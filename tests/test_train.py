@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 
 from edgeexit.cli.train import command  # noqa: E402
 from edgeexit.errors import BadFile, UsageError  # noqa: E402
+from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.feed import augment, split_holdout, training_samples  # noqa: E402
-from edgeexit.host.model import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.recipe import Augmentation, read_recipe  # noqa: E402
 from edgeexit.host.train import Step, train  # noqa: E402
 from edgeexit.overlap import Bloom, sample_digests  # noqa: E402

@@ -20,7 +20,7 @@ from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
 from edgeexit.host import lower, quantize
 from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits, torch_logits
-from edgeexit.host.model import Checkpoint, load_checkpoint
+from edgeexit.host.checkpoint import Checkpoint, load_checkpoint
 from edgeexit.interpreter import open_interpreter
 from edgeexit.names import choose
 from edgeexit.preprocess import Preprocess
@@ -142,7 +142,7 @@ def _load(path: Path, arch: str | None, calibration: Path | str | None) -> _Netw
             raise UsageError(
                 f"{path}: a plain state_dict does not say what it takes and answers",
                 hint="give a set that does (--calibration NAME), or write the file with "
-                "edgeexit.host.model.save_checkpoint",
+                "edgeexit.host.checkpoint.save_checkpoint",
             )
         owner = find_set(source)
         preprocess, class_names = owner.preprocess, owner.class_names

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy, softmax
 
 from edgeexit.errors import BadFile, Unsupported, UsageError
 from edgeexit.files import read_bytes, write_file
+from edgeexit.host.checkpoint import build_network, load_checkpoint, save_checkpoint
 from edgeexit.host.feed import TrainingSet, batches, split_holdout, training_samples
-from edgeexit.host.model import build_network, exit_outputs, load_checkpoint, save_checkpoint
+from edgeexit.host.model import exit_outputs
 from edgeexit.host.recipe import Recipe, TrainingPart, read_recipe
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests

@@ -1,0 +1,464 @@
+"""
+The checkpoint file: a network's weights and what is needed to use them.
+
+Callers see save_checkpoint and load_checkpoint. Hidden here: what makes a .pt file safe to read.
+A checkpoint holds weights and plain values, never code, and its `arch` names code: a file alone
+may only name the factories of edgeexit's zoo, everything else must be named by the user as well.
+An own net is built without memory first, so that a forged file cannot ask for a huge one.
+"""
+
+import io
+import pickle
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeexit.errors import BadFile, EdgeExitError, UsageError
+from edgeexit.files import Table, digest_of, json_bytes, read_bytes, write_file
+from edgeexit.host import zoo
+from edgeexit.host.model import exit_outputs
+from edgeexit.names import load_attribute
+from edgeexit.overlap import Bloom
+from edgeexit.preprocess import Preprocess
+
+# 1: first format.
+CHECKPOINT_FORMAT = 1
+MAX_CHECKPOINT_BYTES = 4 << 30
+MAX_INPUT_VALUES = 1 << 26
+
+Factory = Callable[..., nn.Module]
+OWN_FACTORIES: dict[str, Factory] = {
+    f"{zoo.__name__}:{name}": factory for name, factory in zoo.FACTORIES.items()
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """
+    A network read from a file, in eval mode, with what the file says about it.
+
+    input_shape is (1, ...) in the network's own layout; training_bloom are the (sound) bytes of
+    a Bloom filter over the samples that it was trained on.
+    """
+
+    model: nn.Module
+    arch: str
+    kwargs: dict[str, Any]
+    input_shape: tuple[int, ...]
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    calibration_set: str | None
+    training_bloom: bytes | None
+    metadata: dict[str, Any]
+    digest: str
+    exits: tuple[str, ...]
+
+
+def save_checkpoint(
+    path: Path | str,
+    *,
+    model: nn.Module | None = None,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    arch: str,
+    kwargs: Mapping[str, Any] | None = None,
+    input_shape: Sequence[int],
+    class_names: Sequence[str],
+    preprocess: Preprocess | Mapping[str, Any],
+    calibration_set: str | None = None,
+    training_digests: bytes | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> None:
+    """
+    Write the weights of *model* (or *state_dict*) so that load_checkpoint can read them.
+
+    *preprocess* may also be the plain object of docs/formats.md.
+    *arch* is "package.module:factory", which called with *kwargs* gives the same network;
+    *training_digests* are the bytes of a samples.Bloom over what it was trained on. The bytes
+    depend on the arguments only. BadFile if what would be written could not be read back.
+    """
+    if not isinstance(preprocess, Preprocess):
+        preprocess = Preprocess.from_table(Table(preprocess, "preprocess"))
+    weights = state_dict if model is None else model.state_dict()
+    if weights is None:
+        raise UsageError("save_checkpoint: neither model nor state_dict is given")
+    document = {
+        "edgeexit": CHECKPOINT_FORMAT,
+        "arch": arch,
+        "kwargs": _plain(dict(kwargs or {})),
+        # Contiguous clones: a view would carry the whole tensor behind it into the file.
+        "state_dict": {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for name, tensor in weights.items()
+        },
+        "input_shape": [int(length) for length in input_shape],
+        "class_names": [str(name) for name in class_names],
+        "preprocess": preprocess.to_document(),
+        "calibration_set": calibration_set,
+        "training_digests": None
+        if training_digests is None
+        else torch.frombuffer(bytearray(training_digests), dtype=torch.uint8),
+        "metadata": _plain(dict(metadata or {})),
+    }
+    buffer = io.BytesIO()
+    torch.save(document, buffer)
+    data = buffer.getvalue()
+    if arch in OWN_FACTORIES:
+        _read(data, str(path))
+    write_file(Path(path), data)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json_bytes(values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"checkpoint: expected plain values (JSON): {error}") from error
+    return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What a plain state_dict does not say; for images *input_shape* follows from the rest."""
+
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    input_shape: tuple[int, ...] | None = None
+    calibration_set: str | None = None
+
+
+def load_checkpoint(
+    path: Path | str, *, arch: str | None = None, purpose: Purpose | None = None
+) -> Checkpoint:
+    """
+    Read a checkpoint, or a plain state_dict if *arch* and *purpose* say what it is.
+
+    *arch* ("package.module:factory") runs that code, which may lie in the current folder. Without
+    it only edgeexit's own networks are built. UsageError if the file is absent, or *arch* or
+    *purpose* is wrong or missing; BadFile if the file is damaged, holds code, or asks for
+    foreign code. *purpose* is ignored where the file speaks for itself.
+    """
+    path = Path(path)
+    return _read(read_bytes(path, limit_bytes=MAX_CHECKPOINT_BYTES), str(path), arch, purpose)
+
+
+def _read(
+    data: bytes, where: str, arch: str | None = None, purpose: Purpose | None = None
+) -> Checkpoint:
+    document = _unpack(data, where)
+    if "edgeexit" not in document:
+        return _plain_state(document, data, where, arch, purpose)
+    number = document["edgeexit"]
+    if type(number) is not int or number != CHECKPOINT_FORMAT:
+        raise BadFile(
+            f"{where}: edgeexit: found {number!r}, this version reads {CHECKPOINT_FORMAT}",
+            hint="made by a newer edgeexit? upgrade, or save the checkpoint again",
+        )
+    table = Table(document, where)
+    named = table.get("arch", str)
+    kwargs = dict(table.find("kwargs", dict, {}))
+    preprocess = Preprocess.from_table(table.table("preprocess"))
+    input_shape = _input_shape(table, preprocess)
+    class_names = tuple(table.list_of("class_names", str))
+    if not class_names or len(set(class_names)) != len(class_names):
+        raise BadFile(f"{where}: class_names: expected different names, at least one")
+    # torch hands state_dicts out as OrderedDict: any dict will do, unlike in Table.get.
+    stored = document.get("state_dict")
+    if not isinstance(stored, dict):
+        raise BadFile(f"{where}: state_dict: missing, or not a dict")
+    state = _state(stored, where)
+    model = _with_weights(named, arch, kwargs, state, where)
+    found = _probe(model, input_shape, len(class_names), where)
+    return Checkpoint(
+        model=model,
+        arch=named,
+        kwargs=kwargs,
+        input_shape=input_shape,
+        class_names=class_names,
+        preprocess=preprocess,
+        calibration_set=_optional(table, "calibration_set", str),
+        training_bloom=_bloom(_optional(table, "training_digests", torch.Tensor), where),
+        metadata=dict(table.find("metadata", dict, {})),
+        digest=digest_of(data),
+        exits=found,
+    )
+
+
+def _optional(table: Table, key: str, kind: type[Any]) -> Any:
+    return None if table.values.get(key) is None else table.get(key, kind)
+
+
+def _bloom(stored: torch.Tensor | None, where: str) -> bytes | None:
+    if stored is None:
+        return None
+    if stored.dtype != torch.uint8 or stored.ndim != 1 or not _is_whole(stored):
+        raise BadFile(f"{where}: training_digests: expected bytes")
+    data = stored.numpy().tobytes()
+    Bloom.from_bytes(data, f"{where}: training_digests")
+    return data
+
+
+def _plain_state(
+    document: dict[str, Any], data: bytes, where: str, arch: str | None, purpose: Purpose | None
+) -> Checkpoint:
+    """A state_dict without a word about its network, bare or under the key "state_dict"."""
+    inner = document.get("state_dict", document)
+    if not isinstance(inner, dict) or not inner or not _all_tensors(inner):
+        raise BadFile(
+            f"{where}: neither an edgeexit checkpoint nor a state_dict",
+            hint="write it with edgeexit.host.checkpoint.save_checkpoint",
+        )
+    if arch is None:
+        raise UsageError(
+            f"{where}: a plain state_dict does not say which network it belongs to",
+            hint=f"name the function that makes it: edgeexit convert {where} "
+            "--arch package.module:factory --calibration SET",
+        )
+    if purpose is None:
+        raise UsageError(
+            f"{where}: a plain state_dict does not say which classes and inputs it is for",
+            hint="name a calibration set, which does: --calibration SET",
+        )
+    input_shape = purpose.input_shape
+    if input_shape is None:
+        input_shape = _image_shape(purpose.preprocess)
+    model = _with_weights(arch, arch, {}, _state(inner, where), where)
+    return Checkpoint(
+        model=model,
+        arch=arch,
+        kwargs={},
+        input_shape=input_shape,
+        class_names=purpose.class_names,
+        preprocess=purpose.preprocess,
+        calibration_set=purpose.calibration_set,
+        training_bloom=None,
+        metadata={},
+        digest=digest_of(data),
+        exits=_probe(model, input_shape, len(purpose.class_names), where),
+    )
+
+
+def _image_shape(preprocess: Preprocess) -> tuple[int, ...]:
+    """The network's input shape that an image *preprocess* makes; UsageError for arrays."""
+    height, width, channels = preprocess.sample_shape
+    shapes = {"nchw": (1, channels, height, width), "nhwc": (1, height, width, channels)}
+    return shapes[preprocess.layout]
+
+
+def _all_tensors(values: dict[Any, Any]) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values.values())
+
+
+def _unpack(data: bytes, where: str) -> dict[str, Any]:
+    """The dict in the file, read without running anything in it."""
+    if not data.startswith((b"PK", b"\x80")):
+        raise BadFile(
+            f"{where}: is no PyTorch file, expected a checkpoint",
+            hint="a recipe is for: edgeexit train RECIPE.toml",
+        )
+    try:
+        unpacked_bytes = _unpacked_bytes(data)
+        if unpacked_bytes <= len(data):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no narrower contract for damaged files
+        raise _not_loaded(error, where) from error
+    if unpacked_bytes > len(data):
+        raise BadFile(f"{where}: {unpacked_bytes} bytes unpacked from {len(data)}")
+    if not isinstance(document, dict):
+        raise BadFile(f"{where}: holds a {type(document).__name__}, expected a checkpoint")
+    return document
+
+
+def _unpacked_bytes(data: bytes) -> int:
+    """torch.save does not compress: an archive that grows is meant to fill the memory."""
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return 0
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return sum(entry.file_size for entry in archive.infolist())
+
+
+def _not_loaded(error: Exception, where: str) -> BadFile:
+    text = str(error)
+    is_code = "TorchScript" in text or "GLOBAL" in text or "Unsupported class" in text
+    is_code = is_code or (isinstance(error, pickle.UnpicklingError) and "Unsupported" in text)
+    if is_code:
+        return BadFile(
+            f"{where}: holds a pickled or scripted network, expected plain weights: reading it "
+            "would run code from the file",
+            hint="if you trust it, save its weights, where your network's code is:\n"
+            f"    net = torch.load({Path(where).name!r}, weights_only=False)\n"
+            "    from edgeexit.host.checkpoint import save_checkpoint\n"
+            "    save_checkpoint('safe.pt', model=net, arch='package.module:factory', kwargs={},"
+            " input_shape=[...], class_names=[...], preprocess=...)",
+        )
+    return BadFile(
+        f"{where}: not a sound .pt file ({type(error).__name__}): truncated, damaged, or of "
+        "another kind",
+        hint="copy or make it again",
+    )
+
+
+def _input_shape(table: Table, preprocess: Preprocess) -> tuple[int, ...]:
+    shape = tuple(table.list_of("input_shape", int))
+    values = 1
+    for length in shape:
+        values *= length
+    if len(shape) < 2 or shape[0] != 1 or min(shape) < 1 or values > MAX_INPUT_VALUES:
+        raise BadFile(f"{table.where}: input_shape: found {list(shape)}, expected [1, ...]")
+    if preprocess.kind == "image" and shape != _image_shape(preprocess):
+        raise BadFile(
+            f"{table.where}: input_shape: found {list(shape)}, preprocess makes "
+            f"{list(_image_shape(preprocess))}"
+        )
+    return shape
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Plain, dense, and not larger than the bytes that the file holds for it."""
+    return (
+        tensor.layout == torch.strided
+        and not tensor.is_quantized
+        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    )
+
+
+def _state(values: dict[Any, Any], where: str) -> dict[str, torch.Tensor]:
+    """The weights, every one a plain dense tensor of finite numbers."""
+    for name, tensor in values.items():
+        place = f"{where}: state_dict: {name}"
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise BadFile(f"{place}: expected a tensor, found {type(tensor).__name__}")
+        if not _is_whole(tensor):
+            raise BadFile(f"{place}: expected a dense tensor that the file holds in full")
+        if not bool(torch.isfinite(tensor).all()):
+            raise BadFile(
+                f"{place}: holds NaN or infinity", hint="the training diverged: train again"
+            )
+    return values
+
+
+# ---------------------------------------------------------------- arch names code
+
+
+def own_factory(arch: str, where: str) -> Factory:
+    """The factory of edgeexit that *arch*, read from the file *where*, names; else BadFile."""
+    if arch in OWN_FACTORIES:
+        return OWN_FACTORIES[arch]
+    if arch.partition(":")[0].partition(".")[0] == "edgeexit":
+        raise BadFile(
+            f"{where}: arch: {arch!r} is no network of edgeexit (has: {', '.join(OWN_FACTORIES)})"
+        )
+    raise BadFile(
+        f"{where}: arch: {arch!r} names code outside edgeexit, which a file alone may not run",
+        hint=f"if you trust that code, say so with: --arch {arch}",
+    )
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
+
+
+def build_network(
+    named: str, kwargs: dict[str, Any], where: str, *, arch: str | None = None
+) -> nn.Module:
+    """
+    The untrained network that the file *where* names; *arch* is what the user named, or None.
+
+    BadFile if the file may not name it or its *kwargs* do not fit; UsageError if *arch* differs
+    or its code fails.
+    """
+    if arch is not None and arch != named:
+        raise UsageError(
+            f"{where}: names arch {named!r}, but --arch says {arch!r}",
+            hint=f"if you trust that code: --arch {named}",
+        )
+    if arch is not None and named not in OWN_FACTORIES:
+        return _foreign(named, kwargs)
+    factory = own_factory(named, where)
+    try:
+        return factory(**kwargs)
+    except EdgeExitError as error:
+        raise BadFile(f"{where}: kwargs: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise BadFile(f"{where}: kwargs do not fit {named}: {error}") from error
+
+
+def _with_weights(
+    named: str,
+    arch: str | None,
+    kwargs: dict[str, Any],
+    state: dict[str, torch.Tensor],
+    where: str,
+) -> nn.Module:
+    """The network that the file names, with its weights, in eval mode."""
+    # Foreign code may not work without memory; own code may be asked for too much of it.
+    with torch.device("meta" if named in OWN_FACTORIES else "cpu"):
+        model = build_network(named, kwargs, where, arch=arch)
+    expected = model.state_dict()
+    _compare(expected, state, where)
+    cast = {name: state[name].to(expected[name].dtype) for name in expected}
+    model.load_state_dict(cast, assign=True)
+    return model.eval()
+
+
+def _foreign(arch: str, kwargs: dict[str, Any]) -> nn.Module:
+    with _current_folder_importable():
+        factory = load_attribute(arch, "--arch")
+        if not callable(factory):
+            raise UsageError(f"--arch {arch}: is no function or class that makes a network")
+        try:
+            model = factory(**kwargs)
+        except Exception as error:  # the user's own code may raise anything
+            raise UsageError(f"--arch {arch}: raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--arch {arch}: gave {type(model).__name__}, expected a torch.nn.Module")
+    return model
+
+
+def _compare(
+    expected: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor], where: str
+) -> None:
+    missing = [name for name in expected if name not in state]
+    extra = [name for name in state if name not in expected]
+    for names, word in ((missing, "lacks"), (extra, "has unknown")):
+        if names:
+            some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+            raise BadFile(f"{where}: state_dict: {word} {len(names)} of the network's: {some}")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            raise BadFile(
+                f"{where}: state_dict: {name}: shape {list(state[name].shape)}, "
+                f"the network's is {list(tensor.shape)}"
+            )
+
+
+def _probe(
+    model: nn.Module, input_shape: tuple[int, ...], classes: int, where: str
+) -> tuple[str, ...]:
+    """Names of the exits, found by one pass over zeros."""
+    try:
+        with torch.no_grad():
+            outputs = exit_outputs(model, torch.zeros(input_shape))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise BadFile(f"{where}: the network refuses input {list(input_shape)}: {error}") from error
+    for name, logits in outputs.items():
+        if tuple(logits.shape) != (1, classes):
+            raise BadFile(
+                f"{where}: exit {name} gives {list(logits.shape)}, expected [1, {classes}] for "
+                f"{classes} class_names"
+            )
+    return tuple(outputs)

@@ -1,0 +1,262 @@
+"""Checkpoints: what is written can be read, what is hostile or damaged is refused in one line."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from edgeexit.errors import BadFile, UsageError  # noqa: E402
+from edgeexit.host.checkpoint import (  # noqa: E402
+    Purpose,
+    load_checkpoint,
+    save_checkpoint,
+)
+from edgeexit.host.zoo import resnet  # noqa: E402
+from edgeexit.overlap import Bloom, sample_digests  # noqa: E402
+from edgeexit.preprocess import Preprocess  # noqa: E402
+
+pytestmark = pytest.mark.host
+
+KWARGS = {
+    "channels": 1,
+    "classes": 3,
+    "stem": [4],
+    "widths": [4, 8],
+    "blocks": [1, 1],
+    "size": [8, 8],
+}
+PREPROCESS = Preprocess(kind="image", size=(8, 8), color="gray", scale=1 / 255)
+ARCH = "edgeexit.host.zoo:resnet"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def saved(path: Path, **changes: Any) -> Path:
+    values: dict[str, Any] = {
+        "model": resnet(**KWARGS),
+        "arch": ARCH,
+        "kwargs": KWARGS,
+        "input_shape": [1, 1, 8, 8],
+        "class_names": ["a", "b", "c"],
+        "preprocess": PREPROCESS,
+        "calibration_set": "some-set",
+    }
+    save_checkpoint(path, **(values | changes))
+    return path
+
+
+def altered(path: Path, **changes: Any) -> Path:
+    """A sound checkpoint with some of its keys replaced."""
+    saved(path)
+    document = torch.load(path, weights_only=True) | changes
+    torch.save(document, path)
+    return path
+
+
+def test_what_is_saved_comes_back(tmp_path: Path) -> None:
+    net = resnet(**KWARGS).eval()
+    samples = np.arange(5 * 64, dtype=np.uint8).reshape(5, 8, 8, 1)
+    seen = Bloom.of(sample_digests(samples))
+    path = saved(tmp_path / "n.pt", model=net, training_digests=seen.to_bytes(), metadata={"s": 1})
+
+    found = load_checkpoint(path)
+
+    image = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        for one, other in zip(net(image), found.model(image), strict=True):
+            assert torch.equal(one, other)
+    assert found.exits == ("exit0", "exit1")
+    assert found.class_names == ("a", "b", "c")
+    assert found.input_shape == (1, 1, 8, 8)
+    assert found.preprocess == PREPROCESS
+    assert found.calibration_set == "some-set"
+    assert found.training_bloom == seen.to_bytes()
+    assert found.metadata == {"s": 1}
+    assert not found.model.training
+
+
+def test_equal_arguments_give_equal_bytes(tmp_path: Path) -> None:
+    net = resnet(**KWARGS)
+
+    one, other = saved(tmp_path / "a.pt", model=net), saved(tmp_path / "b.pt", model=net)
+
+    assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["subprocess:check_output", "os:system", "mine:net", "torch.hub:load"],
+)
+def test_a_file_may_not_name_foreign_code(tmp_path: Path, arch: str) -> None:
+    path = altered(tmp_path / "n.pt", arch=arch, kwargs={"args": ["touch", "/tmp/never"]})
+
+    with pytest.raises(BadFile) as refusal:
+        load_checkpoint(path)
+
+    assert refusal.value.hint is not None
+    assert f"--arch {arch}" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["edgeexit.host.train:train", "edgeexit.files:write_file", "edgeexit.host.zoo:ZOO", "edgeexit"],
+)
+def test_a_file_may_only_name_factories_of_edgeexit(tmp_path: Path, arch: str) -> None:
+    with pytest.raises(BadFile, match="no network of edgeexit"):
+        load_checkpoint(altered(tmp_path / "n.pt", arch=arch))
+
+
+def test_foreign_code_is_followed_when_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_net_code.py").write_text(
+        "from edgeexit.host.zoo import resnet\n"
+        f"def make(): return resnet(**{KWARGS!r})\n"
+        "def nothing(): return 3\n"
+        "def broken(): raise KeyError('x')\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = altered(tmp_path / "n.pt", arch="my_net_code:make", kwargs={})
+
+    assert load_checkpoint(path, arch="my_net_code:make").arch == "my_net_code:make"
+    with pytest.raises(UsageError, match="names arch"):
+        load_checkpoint(path, arch="my_net_code:other")
+    plain = tmp_path / "plain.pt"
+    torch.save(resnet(**KWARGS).state_dict(), plain)
+    with pytest.raises(UsageError, match="which classes"):
+        load_checkpoint(plain, arch="my_net_code:make")
+    purpose = Purpose(class_names=("a", "b", "c"), preprocess=PREPROCESS)
+    found = load_checkpoint(plain, arch="my_net_code:make", purpose=purpose)
+    assert found.input_shape == (1, 1, 8, 8)
+    assert found.exits == ("exit0", "exit1")
+    for wrong in ("nothing", "broken", "number", "absent"):
+        with pytest.raises(UsageError):
+            load_checkpoint(plain, arch=f"my_net_code:{wrong}", purpose=purpose)
+
+
+def test_a_plain_state_dict_needs_an_arch(tmp_path: Path) -> None:
+    path = tmp_path / "plain.pt"
+    torch.save(resnet(**KWARGS).state_dict(), path)
+
+    with pytest.raises(UsageError) as refusal:
+        load_checkpoint(path)
+
+    assert "--arch" in str(refusal.value.hint)
+
+
+def test_a_pickled_network_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save(resnet(**KWARGS), path)
+
+    with pytest.raises(BadFile, match="would run code") as refusal:
+        load_checkpoint(path)
+
+    assert "save_checkpoint(" in str(refusal.value.hint)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_file_is_refused(tmp_path: Path, share: float) -> None:
+    path = saved(tmp_path / "n.pt")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+    with pytest.raises(BadFile):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"edgeexit": 2},
+        {"edgeexit": "1"},
+        {"edgeexit": True},
+        {"arch": 3},
+        {"kwargs": {"depth": 10**12}},
+        {"kwargs": {"widths": [10**9, 4, 4]}},
+        {"kwargs": {"nonsense": 1}},
+        {"kwargs": {"widths": None}},
+        {"kwargs": KWARGS | {"classes": 4}},
+        {"state_dict": {}},
+        {"state_dict": {"stem.0.0.weight": "text"}},
+        {"state_dict": 3},
+        {"input_shape": [1, 3, 8, 8]},
+        {"input_shape": [2, 1, 8, 8]},
+        {"input_shape": [1, 1, 10**9, 10**9]},
+        {"class_names": ["a", "b"]},
+        {"class_names": ["a", "a", "b"]},
+        {"preprocess": {"kind": "image"}},
+        {"training_digests": torch.zeros(3, dtype=torch.uint8)},
+        {"training_digests": torch.zeros(3)},
+        {"calibration_set": 3},
+    ],
+)
+def test_wrong_contents_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BadFile):
+        load_checkpoint(altered(tmp_path / "n.pt", **changes))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, value: float) -> None:
+    state = resnet(**KWARGS).state_dict()
+    state["stem.0.0.weight"][0] = value
+
+    with pytest.raises(BadFile, match="NaN or infinity"):
+        load_checkpoint(altered(tmp_path / "n.pt", state_dict=state))
+    with pytest.raises(BadFile, match="NaN or infinity"):
+        saved(tmp_path / "m.pt", model=None, state_dict=state)
+    assert not (tmp_path / "m.pt").exists()
+
+
+def test_weights_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path) -> None:
+    state = resnet(**KWARGS).state_dict()
+    state["stem.0.0.weight"] = torch.zeros(1).expand(4, 1, 3, 3)
+
+    with pytest.raises(BadFile, match="in full"):
+        load_checkpoint(altered(tmp_path / "n.pt", state_dict=state))
+
+
+def test_an_archive_that_grows_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+
+    with pytest.raises(BadFile, match="unpacked"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {}, torch.zeros(3)])
+def test_other_things_in_a_pt_file_are_refused(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "other.pt"
+    torch.save(content, path)
+
+    with pytest.raises(BadFile):
+        load_checkpoint(path)
+
+
+def test_an_absent_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such file"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_save_needs_weights_and_plain_values(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="neither"):
+        saved(tmp_path / "n.pt", model=None)
+    with pytest.raises(UsageError, match="plain values"):
+        saved(tmp_path / "n.pt", metadata={"x": io.BytesIO()})
+
+
+def test_a_text_file_is_no_checkpoint_and_nothing_unsafe_is_advised(tmp_path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text("format = 1\n")
+    with pytest.raises(BadFile, match="is no PyTorch file") as caught:
+        load_checkpoint(path)
+    assert "edgeexit train" in str(caught.value.hint)
