@@ -289,11 +289,13 @@ def measure(
     block_ms: float = 10.0,
     time_cap_s: float = 20.0,
     seed: int = 0,
+    sets: Sequence[Kept] | None = None,
     on_step: Step | None = None,
 ) -> Profile:
     """
     Measure *bundle* on this machine, which must be the *device*.
 
+    *sets* are the sets of kept exits (default: kept_sets of its exits, which tune needs).
     *rounds* blocks of *block_ms* for each case in each of *processes*; all together stop soon
     after *time_cap_s*, but not before three rounds each. *on_step* is called between rounds with
     the share that is done (0..1). DeviceError if the machine is another or a process fails.
@@ -301,7 +303,8 @@ def measure(
     name = check_device(device).name
     if processes < 1 or rounds < 1 or threads < 1 or not block_ms > 0 or not time_cap_s > 0:
         raise UsageError("processes, rounds, threads, block_ms, time_cap_s: expected above 0")
-    cases = [(kept, exit) for kept in kept_sets(bundle.exits) for exit in kept]
+    wanted = kept_sets(bundle.exits) if sets is None else sets
+    cases = [(kept, exit) for kept in wanted for exit in kept]
     plan = {
         "bundle": str(bundle.path.resolve()),
         "cases": [{"kept": kept, "exit": exit} for kept, exit in cases],

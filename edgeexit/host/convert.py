@@ -1,13 +1,13 @@
 """
 From a checkpoint to a bundle: load, lower, quantize, cut, check, write.
 
-Callers see convert and OnStep. Hidden here: every step is checked on real samples before the
-next one starts (lowered against torch, the chain of segments against the uncut network), and
-nothing appears on disk until all of it has passed.
+Callers see convert, its middle part build, and OnStep. Hidden here: every step is checked on
+real samples before the next one starts (lowered against torch, the chain of segments against
+the uncut network), and nothing appears on disk until all of it has passed.
 """
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def convert(
     step = (lambda name, done: None) if on_step is None else on_step
     model_path = Path(model_path)
     target = Path(f"{model_path.stem}.edgeexit") if out is None else Path(out)
-    make = choose(scheme, quantize.SCHEMES, "scheme")
+    choose(scheme, quantize.SCHEMES, "scheme")
     check_target(target)
 
     step("load", 0.0)
@@ -71,41 +71,79 @@ def convert(
     reals = RealSamples(ranges.samples.samples, network.preprocess)
     step("load", 1.0)
 
-    step("lower", 0.0)
-    lowered = lower.from_torch(network.model, network.input_shape, network.preprocess)
-    _check_classes(lowered, network)
-    step("lower", 1.0)
+    return build(
+        network.model,
+        target,
+        input_shape=network.input_shape,
+        preprocess=network.preprocess,
+        class_names=network.class_names,
+        reals=reals,
+        scheme=scheme,
+        provenance=lambda quantized: _provenance(network, ranges, quantized),
+        on_step=step,
+        calibration_set=ranges.calibration_set,
+        ranges_digests=None if ranges.calibration_set else ranges.samples.digests(),
+        training_bloom=network.training_bloom,
+    )
 
-    step("compare with torch", 0.0)
-    some = reals.first(PARITY_SAMPLES)
-    expected = torch_logits(network.model, some)
-    check_parity(expected, tflite_logits(lowered.data, lowered.exits, some), some)
-    step("compare with torch", 1.0)
 
-    step("quantize", 0.0)
-    quantized = make(lowered, reals, lambda done: step("quantize", min(done, 0.999)))
-    step("quantize", 1.0)
+def build(
+    model: nn.Module,
+    target: Path,
+    *,
+    input_shape: tuple[int, ...],
+    preprocess: Preprocess,
+    class_names: Sequence[str],
+    reals: RealSamples,
+    scheme: str = "int8",
+    is_checked: bool = True,
+    provenance: Callable[[quantize.Quantized], Mapping[str, Any]],
+    on_step: OnStep,
+    **rest: Any,
+) -> Bundle:
+    """
+    The middle of the road: lower *model*, quantize it on *reals*, write the bundle *target*.
 
-    step("cut and compare", 0.0)
-    check_chain(quantized.data, quantized.exits, reals.first(CHAIN_SAMPLES))
-    step("cut and compare", 1.0)
+    Arguments as in a checkpoint; *rest* goes to write_bundle. Without *is_checked* the
+    comparisons with torch and with the uncut network are left out: for bundles that are
+    measured and thrown away. Errors as convert.
+    """
+    make = choose(scheme, quantize.SCHEMES, "scheme")
+    on_step("lower", 0.0)
+    lowered = lower.from_torch(model, input_shape, preprocess)
+    _check_classes(lowered, class_names)
+    on_step("lower", 1.0)
 
-    step("write", 0.0)
+    if is_checked:
+        on_step("compare with torch", 0.0)
+        some = reals.first(PARITY_SAMPLES)
+        expected = torch_logits(model, some)
+        check_parity(expected, tflite_logits(lowered.data, lowered.exits, some), some)
+        on_step("compare with torch", 1.0)
+
+    on_step("quantize", 0.0)
+    quantized = make(lowered, reals, lambda done: on_step("quantize", min(done, 0.999)))
+    on_step("quantize", 1.0)
+
+    if is_checked:
+        on_step("cut and compare", 0.0)
+        check_chain(quantized.data, quantized.exits, reals.first(CHAIN_SAMPLES))
+        on_step("cut and compare", 1.0)
+
+    on_step("write", 0.0)
     bundle = write_bundle(
         target,
         name=target.name.removesuffix(".edgeexit"),
         model_data=quantized.data,
         exits=quantized.exits,
-        class_names=network.class_names,
-        preprocess=network.preprocess,
-        selftest=ranges.samples.samples[np.sort(spread(len(reals))[:SELFTEST_SAMPLES])],
+        class_names=class_names,
+        preprocess=preprocess,
+        selftest=reals.samples[np.sort(spread(len(reals))[:SELFTEST_SAMPLES])],
         scheme=scheme,
-        provenance=_provenance(network, ranges, quantized),
-        calibration_set=ranges.calibration_set,
-        ranges_digests=None if ranges.calibration_set else ranges.samples.digests(),
-        training_bloom=network.training_bloom,
+        provenance=provenance(quantized),
+        **rest,
     )
-    step("write", 1.0)
+    on_step("write", 1.0)
     return bundle
 
 
@@ -202,9 +240,9 @@ def _find_ranges(network: _Network) -> _Ranges:
     return _Ranges(samples=samples, calibration_set=found)
 
 
-def _check_classes(lowered: lower.Lowered, network: _Network) -> None:
+def _check_classes(lowered: lower.Lowered, class_names: Sequence[str]) -> None:
     outputs = cut.model_io(lowered.data, "lowered network")[1]
-    found, wanted = outputs[0].shape[-1], len(network.class_names)
+    found, wanted = outputs[0].shape[-1], len(class_names)
     if found != wanted:
         raise Unsupported(
             f"the network answers with {found} classes, its class_names and the calibration set "
