@@ -52,19 +52,28 @@ class Augmentation:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPart:
-    """How to train: see docs/formats.md. *exit_weights* is one number per exit, or empty: all 1."""
+    """
+    How to train: see docs/formats.md. *exit_weights* is one number per exit, or empty: all 1;
+    *phase_shares* one per phase of the regime, or empty: the regime's own.
+    """
 
-    regime: str
     epochs: int
-    batch: int
-    seed: int
     learning_rate: float
-    momentum: float
-    weight_decay: float
-    warmup: float
-    label_smoothing: float
-    distillation: float
-    exit_weights: tuple[float, ...]
+    regime: str = "joint"
+    phase_shares: tuple[float, ...] = ()
+    patience: int = 0
+    batch: int = 128
+    seed: int = 0
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    warmup: float = 0.2
+    label_smoothing: float = 0.0
+    exit_weights: tuple[float, ...] = ()
+    ramp: bool = False
+    equilibrium: bool = False
+    distillation: float = 0.0
+    distillation_temperature: float = 1.0
+    head_init: str = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,18 +194,30 @@ def _training(table: Table) -> TrainingPart:
             f"{table.where}.exit_weights: found {list(weights)}, expected numbers of 0 to 1000, "
             "the final exit's above 0"
         )
+    shares = tuple(table.list_of("phase_shares", float)) if "phase_shares" in table else ()
+    if any(not 0 <= share <= 1000 for share in shares) or (shares and not sum(shares)):
+        raise BadFile(
+            f"{table.where}.phase_shares: found {list(shares)}, expected numbers of 0 to 1000, "
+            "one of them above 0"
+        )
     return TrainingPart(
-        regime=table.find("regime", str, "joint"),
         epochs=_whole(table, "epochs", 1, 100_000),
+        learning_rate=_within(table, "learning_rate", 1e-9, 100),
+        regime=table.find("regime", str, "joint"),
+        phase_shares=shares,
+        patience=_whole(table, "patience", 0, 100_000, 0),
         batch=_whole(table, "batch", 2, 65_536, 128),
         seed=_whole(table, "seed", 0, 2**31 - 1, 0),
-        learning_rate=_within(table, "learning_rate", 1e-9, 100),
         momentum=_within(table, "momentum", 0, 0.9999, 0.9),
         weight_decay=_within(table, "weight_decay", 0, 1, 0),
         warmup=_within(table, "warmup", 0, 0.9, 0.2),
         label_smoothing=_within(table, "label_smoothing", 0, 0.9, 0),
-        distillation=_within(table, "distillation", 0, 100, 0),
         exit_weights=weights,
+        ramp=table.find("ramp", bool, False),
+        equilibrium=table.find("equilibrium", bool, False),
+        distillation=_within(table, "distillation", 0, 100, 0),
+        distillation_temperature=_within(table, "distillation_temperature", 0.01, 100, 1),
+        head_init=table.find("head_init", str, "random"),
     )
 
 

@@ -1,0 +1,468 @@
+"""
+Train a multi-exit network in place: epoch by epoch, phase by phase, the best epoch kept.
+
+Callers see Fit, Material, Influence and holdout_accuracies. Hidden here: which parts move in
+which phase of a regime, the one-cycle schedule, and the rule which epoch is best (the exits'
+held-out accuracies, weighted as in the loss). Fit's state taken after an epoch and loaded into a
+new Fit computes what an uninterrupted one does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from edgeexit.errors import BadFile, Unsupported, UsageError
+from edgeexit.host.feed import TrainingSet, batches
+from edgeexit.host.losses import equilibrium, exit_loss, ramped
+from edgeexit.host.model import exit_outputs
+from edgeexit.host.needs import Needs, needs
+from edgeexit.host.recipe import Augmentation, TrainingPart
+from edgeexit.names import choose
+from edgeexit.preprocess import Preprocess, real_values
+
+HOLDOUT_BATCH = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """
+    One part of a regime: a *share* of its epochs, and what moves: "all", "backbone" or "heads".
+
+    "backbone" is all that the final exit needs, with its loss alone; "heads" are the parts that
+    one early exit alone needs, with everything else, batch statistics too, as it is.
+    """
+
+    name: str
+    moves: str
+    share: float = 1.0
+
+
+# "mixed": Kubaty et al. 2025, "How to train your multi-exit model?"; shares [1/2, 0, 1/2] are
+# its backbone-then-all without the heads' own phase.
+REGIMES: dict[str, tuple[Phase, ...]] = {
+    "joint": (Phase(name="all", moves="all"),),
+    "frozen": (Phase(name="heads", moves="heads"),),
+    "mixed": (
+        Phase(name="backbone", moves="backbone", share=0.5),
+        Phase(name="heads", moves="heads", share=0.1),
+        Phase(name="all", moves="all", share=0.4),
+    ),
+}
+
+
+class Influence:
+    """What else acts on a training under way; every method may be left as it is."""
+
+    def penalty(self) -> torch.Tensor | None:
+        """A scalar added to the loss of this batch, asked for after its forward."""
+        return None
+
+    def after_backward(self) -> None:
+        """Gradients are there, the optimizer has not moved yet."""
+
+    def after_step(self) -> None:
+        """The weights have moved: the place to put masks on again."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values that load needs to go on exactly."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what state gave."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """Samples to train on and to judge by: *training* and *holdout* are disjoint indices."""
+
+    data: TrainingSet
+    training: NDArray[np.int64]
+    holdout: NDArray[np.int64]
+    preprocess: Preprocess
+    augmentation: Augmentation
+
+    def inputs(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """The samples *indices* as the network takes them, unchanged: float32 (N, ...)."""
+        return to_input(real_values(self.data.samples[indices], self.preprocess), self.preprocess)
+
+    def labels(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        """The labels of the samples *indices*, int64 (N,)."""
+        return torch.from_numpy(self.data.labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """
+    Progress: *epoch* of at most *epochs* (from 1), *batch* of *batches*, in *phase*.
+
+    At an epoch's end *accuracies* are those of the held-out samples.
+    """
+
+    epoch: int
+    epochs: int
+    batch: int
+    batches: int
+    phase: str = ""
+    accuracies: dict[str, float] | None = None
+    is_best: bool = False
+
+
+def to_input(real: NDArray[np.float32], preprocess: Preprocess) -> torch.Tensor:
+    """Real numbers (N, H, W, C) or (N, ...) as the network's input, without copying."""
+    tensor = torch.from_numpy(real)
+    return tensor.permute(0, 3, 1, 2) if preprocess.layout == "nchw" else tensor
+
+
+def holdout_accuracies(
+    model: nn.Module, material: Material, indices: NDArray[np.int64] | None = None
+) -> dict[str, float]:
+    """
+    Share of right answers of each exit, dropout and the like off; *model* is left in eval mode.
+
+    *indices* are those of the samples, default: the held-out ones.
+    """
+    chosen = material.holdout if indices is None else indices
+    device = _device(model)
+    right: dict[str, int] = {}
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(chosen), HOLDOUT_BATCH):
+            some = chosen[start : start + HOLDOUT_BATCH]
+            labels = material.labels(some).to(device)
+            for name, logits in exit_outputs(model, material.inputs(some).to(device)).items():
+                right[name] = right.get(name, 0) + int((logits.argmax(1) == labels).sum())
+    return {name: count / len(chosen) for name, count in right.items()}
+
+
+class Fit:
+    """
+    One training under way: the network, its optimizer, and the best weights so far.
+
+    *model* is trained in place, where it lies, by the regime, losses and numbers of *part*; a
+    phase ends after its share of the epochs, or after *part.patience* epochs without a better
+    held-out score, and leaves its best weights in the model. *where* names the recipe in errors:
+    BadFile or UsageError if *part* does not fit the network or the data, Unsupported if the
+    network refuses the samples.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        material: Material,
+        part: TrainingPart,
+        *,
+        where: str,
+        influence: Influence | None = None,
+    ) -> None:
+        self.model, self.material, self.part, self.where = model, material, part, where
+        self.influence = Influence() if influence is None else influence
+        self.device = _device(model)
+        self._probe = material.inputs(material.training[:1]).to(self.device)
+        if self._probe.ndim == 4:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.exits = self._check_model()
+        self.weights = list(part.exit_weights) or [1.0] * len(self.exits)
+        if len(self.weights) != len(self.exits):
+            raise BadFile(
+                f"{where}: training.exit_weights: found {len(self.weights)}, "
+                f"the network has {len(self.exits)} exits"
+            )
+        self.batches = len(material.training) // part.batch
+        if not self.batches:
+            raise UsageError(f"{where}: training.batch: fewer training samples than that")
+        self.plan = _plan(part, where)
+        self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._needs: Needs | None = None
+        self.epoch = 0
+        self.best_epoch = 0
+        self.best_accuracies: dict[str, float] = {}
+        self._begin(0)
+
+    def _check_model(self) -> tuple[str, ...]:
+        """Names of the exits, after one pass that shows input and classes to fit."""
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                outputs = exit_outputs(self.model, self._probe)
+        except RuntimeError as error:
+            raise Unsupported(
+                f"{self.where}: model.input_shape: the network refuses "
+                f"{list(self._probe.shape)}: {error}"
+            ) from error
+        classes = len(self.material.data.class_names)
+        for name, logits in outputs.items():
+            if tuple(logits.shape) != (1, classes):
+                raise UsageError(
+                    f"{self.where}: exit {name} gives {list(logits.shape)}, expected "
+                    f"[1, {classes}] for the data's {classes} classes"
+                )
+        return tuple(outputs)
+
+    # ------------------------------------------------------------ phases
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every phase is over; the model then holds the best weights of the last."""
+        return self._number == len(self.plan)
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase under way, or of the last one."""
+        return self.plan[min(self._number, len(self.plan) - 1)][0].name if self.plan else ""
+
+    def _begin(self, number: int) -> None:
+        """Set the network and a new optimizer up for phase *number*, or for having ended."""
+        self._number, self._phase_epoch, self._phase_best = number, 0, 0
+        self.best_state: dict[str, torch.Tensor] = {}
+        parameters = dict(self.model.named_parameters())
+        if self.is_done:
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(self._trainable[name])
+            return
+        phase, epochs = self.plan[number]
+        moved = self._moved(phase)
+        self._phase_weights = {
+            "all": self.weights,
+            "backbone": [0.0] * (len(self.weights) - 1) + [1.0],
+            "heads": [*self.weights[:-1], 0.0],
+        }[phase.moves]
+        if not moved or not any(self._phase_weights):
+            raise UsageError(
+                f"{self.where}: nothing to train in phase {phase.name}: the network has no "
+                "early exit with a head of its own and a weight above 0",
+                hint="give it exits first (edgeexit attach), or choose the regime joint",
+            )
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(name in moved)
+        self.optimizer = torch.optim.SGD(
+            [parameter for name, parameter in parameters.items() if name in moved],
+            lr=self.part.learning_rate,
+            momentum=self.part.momentum,
+            nesterov=self.part.momentum > 0,
+            weight_decay=self.part.weight_decay,
+        )
+        # One step more than there are: the schedule's last value would stop all learning.
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            self.part.learning_rate,
+            total_steps=epochs * self.batches + 1,
+            pct_start=self.part.warmup,
+            cycle_momentum=False,
+        )
+
+    def _parts(self) -> Needs:
+        if self._needs is None:
+            self._needs = needs(self.model, self._probe)
+        return self._needs
+
+    def _moved(self, phase: Phase) -> set[str]:
+        """Names of the parameters that *phase* trains; those frozen from the start never move."""
+        free = {name for name, flag in self._trainable.items() if flag}
+        if phase.moves == "all":
+            return free
+        if phase.moves == "heads":
+            return free & self._parts().head_parameters()
+        final = self.exits[-1]
+        return {name for name in free if final in self._parts().parameters[name]}
+
+    def _set_modes(self, phase: Phase) -> None:
+        """Train mode for what moves: elsewhere batch statistics stay and dropout is off."""
+        self.model.train(phase.moves == "all")
+        if phase.moves == "all":
+            return
+        heads, final = self._parts().head_modules(), self.exits[-1]
+        for name, module in self.model.named_modules():
+            serves = self._parts().modules[name]
+            module.training = name in heads if phase.moves == "heads" else final in serves
+
+    # ------------------------------------------------------------ epochs
+
+    def run_epoch(self, on_step: Callable[[Step], None] | None = None) -> None:
+        """
+        Train one epoch, then judge it on the held-out samples; may end the phase.
+
+        UsageError as soon as a batch's loss is NaN or infinite: no weight has moved by it.
+        """
+        part, (phase, epochs) = self.part, self.plan[self._number]
+        tell = on_step or (lambda step: None)
+        # Dropout draws from torch's own generator: tie it to the epoch, so resuming is exact.
+        torch.manual_seed(part.seed + 1_000_003 * (self.epoch + 1))
+        self._set_modes(phase)
+        weights = self._phase_weights
+        if part.ramp and phase.moves == "all":
+            weights = ramped(weights, self._phase_epoch + 1, epochs)
+        feed = batches(
+            self.material.data,
+            self.material.training,
+            self.material.preprocess,
+            self.material.augmentation,
+            batch=part.batch,
+            seed=part.seed,
+            epoch=self.epoch,
+        )
+        for number, (real, labels) in enumerate(feed, start=1):
+            inputs = to_input(real, self.material.preprocess).to(self.device)
+            outputs = list(exit_outputs(self.model, inputs).values())
+            loss = exit_loss(outputs, torch.from_numpy(labels).to(self.device), weights, part)
+            self._learn(loss, weights, number)
+            tell(self._step(number))
+        self._check_weights()
+        accuracies = holdout_accuracies(self.model, self.material)
+        self._judge(accuracies, tell)
+
+    def _learn(self, loss: torch.Tensor, weights: list[float], number: int) -> None:
+        """One step of the optimizer for the *loss* of batch *number*."""
+        penalty = self.influence.penalty()
+        total = loss if penalty is None else loss + penalty
+        if not bool(torch.isfinite(total)):
+            raise self._diverged(f"the loss became {total.item()}", f", batch {number}")
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.part.equilibrium:
+            loss.backward(retain_graph=penalty is not None)  # type: ignore[no-untyped-call]
+            pairs = zip(self.exits, weights, strict=True)
+            paid = frozenset(name for name, weight in pairs if weight)
+            served = {name: exits & paid for name, exits in self._parts().parameters.items()}
+            equilibrium(self.model, served)
+            if penalty is not None:
+                penalty.backward()  # type: ignore[no-untyped-call]
+        else:
+            total.backward()  # type: ignore[no-untyped-call]
+        self.influence.after_backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.influence.after_step()
+
+    def _check_weights(self) -> None:
+        for name, tensor in self.model.state_dict().items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise self._diverged(f"{name} became NaN or infinite")
+
+    def _diverged(self, what: str, place: str = "") -> UsageError:
+        return UsageError(
+            f"{self.where}: {what} in epoch {self.epoch + 1}{place}",
+            hint="try a smaller training.learning_rate",
+        )
+
+    def _judge(self, accuracies: dict[str, float], tell: Callable[[Step], None]) -> None:
+        """Count the epoch, keep its weights if they are the best, go on to the next phase."""
+        epochs = self.plan[self._number][1]
+        is_best = not self.best_state or self._score(accuracies) > self._score(self.best_accuracies)
+        self.epoch += 1
+        self._phase_epoch += 1
+        if is_best:
+            self.best_epoch, self.best_accuracies = self.epoch, accuracies
+            self._phase_best = self._phase_epoch
+            self.best_state = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        tell(self._step(self.batches, accuracies=accuracies, is_best=is_best))
+        waited = self._phase_epoch - self._phase_best
+        if self._phase_epoch == epochs or (self.part.patience and waited >= self.part.patience):
+            self.take_best()
+            self._begin(self._number + 1)
+
+    def take_best(self) -> None:
+        """Put the best weights of the phase under way into the model, if there are any yet."""
+        if self.best_state:
+            self.model.load_state_dict(self.best_state)
+
+    def run(self, on_step: Callable[[Step], None] | None = None) -> None:
+        """Run every epoch that is left."""
+        while not self.is_done:
+            self.run_epoch(on_step)
+
+    def _step(
+        self, batch: int, accuracies: dict[str, float] | None = None, is_best: bool = False
+    ) -> Step:
+        return Step(
+            epoch=self.epoch + (accuracies is None),
+            epochs=sum(epochs for _, epochs in self.plan),
+            batch=batch,
+            batches=self.batches,
+            phase=self.phase,
+            accuracies=accuracies,
+            is_best=is_best,
+        )
+
+    def _score(self, accuracies: dict[str, float]) -> float:
+        only_final = self.plan[self._number][0].moves == "backbone"
+        weights = self._phase_weights if only_final else self.weights
+        return sum(a * weight for a, weight in zip(accuracies.values(), weights, strict=True))
+
+    # ------------------------------------------------------------ going on later
+
+    def state(self) -> dict[str, Any]:
+        """
+        Everything that the next epoch needs: tensors and plain values, for torch.save.
+
+        The tensors are the live ones: save or copy them before the next epoch.
+        """
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "phase": self._number,
+            "phase_epoch": self._phase_epoch,
+            "phase_best": self._phase_best,
+            "model": self.model.state_dict(),
+            "best_epoch": self.best_epoch,
+            "best_accuracies": self.best_accuracies,
+            "best_state": self.best_state,
+            "influence": self.influence.state(),
+        }
+        if not self.is_done:
+            state["optimizer"] = self.optimizer.state_dict()
+            state["schedule"] = self.schedule.state_dict()
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """
+        Go on from *state*, taken from a Fit of the same network, material and part.
+
+        KeyError, TypeError, ValueError or RuntimeError if it is none.
+        """
+        number = int(state["phase"])
+        if not 0 <= number <= len(self.plan):
+            raise ValueError(f"phase {number} of {len(self.plan)}")
+        self.model.load_state_dict(state["model"])
+        self._begin(number)
+        if not self.is_done:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+        self.epoch = int(state["epoch"])
+        self._phase_epoch, self._phase_best = int(state["phase_epoch"]), int(state["phase_best"])
+        self.best_epoch = int(state["best_epoch"])
+        self.best_accuracies = dict(state["best_accuracies"])
+        self.best_state = dict(state["best_state"])
+        self.influence.load(dict(state["influence"]))
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _plan(part: TrainingPart, where: str) -> list[tuple[Phase, int]]:
+    """The phases of the regime with their epochs, which sum up to part.epochs."""
+    phases = choose(part.regime, REGIMES, "training regime")
+    shares = list(part.phase_shares) or [phase.share for phase in phases]
+    if len(shares) != len(phases) or not sum(shares):
+        raise BadFile(
+            f"{where}: training.phase_shares: found {shares}, the regime {part.regime} has "
+            f"{len(phases)} phases: {', '.join(phase.name for phase in phases)}"
+        )
+    used = [(phase, share) for phase, share in zip(phases, shares, strict=True) if share]
+    if 0 < part.epochs < len(used):
+        raise BadFile(
+            f"{where}: training.epochs: found {part.epochs}, the regime {part.regime} has "
+            f"{len(used)} phases"
+        )
+    # Each phase has one epoch; the rest is dealt out to whoever is furthest behind its share.
+    counts = [1] * len(used)
+    wanted = [part.epochs * share / sum(shares) for _, share in used]
+    for _ in range(part.epochs - len(used)):
+        behind = [want - count for want, count in zip(wanted, counts, strict=True)]
+        counts[behind.index(max(behind))] += 1
+    plan = zip(used, counts, strict=True)
+    return [(phase, count) for (phase, _), count in plan] if part.epochs else []
