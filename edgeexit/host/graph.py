@@ -185,13 +185,19 @@ def analyse(model: nn.Module, input_shape: Sequence[int]) -> Graph:
     Unsupported if it cannot be traced: forward must not branch on values.
     """
     model.eval()
-    program = _export(model, tuple(input_shape))
+    program = export(model, tuple(input_shape))
     walk = _Walk(model, program)
     walk.run()
     return walk.graph(tuple(input_shape))
 
 
-def _export(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+def export(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """
+    The graph of *model*, in the mode it is in, for inputs of *input_shape* (any batch size).
+
+    Its outputs are a dict by exit; its parameters have "model." before their names. Unsupported
+    if the network cannot be traced.
+    """
     try:
         with quietly(), torch.no_grad():
             return torch.export.export(_Keyed(model), (torch.zeros(input_shape),))
