@@ -14,8 +14,10 @@ from edgeexit.errors import BadFile, UsageError  # noqa: E402
 from edgeexit.host.checkpoint import (  # noqa: E402
     Purpose,
     load_checkpoint,
+    save_again,
     save_checkpoint,
 )
+from edgeexit.host.model import attach  # noqa: E402
 from edgeexit.host.zoo import resnet  # noqa: E402
 from edgeexit.overlap import Bloom, sample_digests  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
@@ -260,3 +262,179 @@ def test_a_text_file_is_no_checkpoint_and_nothing_unsafe_is_advised(tmp_path) ->
     with pytest.raises(BadFile, match="is no PyTorch file") as caught:
         load_checkpoint(path)
     assert "edgeexit train" in str(caught.value.hint)
+
+
+PLAIN = KWARGS | {"exits": []}
+ATTACHED = {"at": ["stem", "blocks.0"], "head": "average", "widths": [[], []]}
+
+
+def with_exits(path: Path, **changes: Any) -> Path:
+    """A checkpoint of a plain ResNet with two exits attached; *changes* replace its keys."""
+    given = ATTACHED | changes
+    net = attach(
+        resnet(**PLAIN),
+        ATTACHED["at"],
+        input_shape=[1, 1, 8, 8],
+        head=ATTACHED["head"],
+        widths=ATTACHED["widths"],
+    )
+    saved(path, model=net, kwargs=PLAIN, attached=ATTACHED)
+    document = torch.load(path, weights_only=True) | {"attached": given}
+    torch.save(document, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("head", "widths"), [("average", [[], []]), ("convs", [[4], [3, 5]]), ("pooled", [[], []])]
+)
+def test_attached_exits_come_back(tmp_path: Path, head: str, widths: list[list[int]]) -> None:
+    at = ["stem", "blocks.0"]
+    net = attach(resnet(**PLAIN), at, input_shape=[1, 1, 8, 8], head=head, widths=widths).eval()
+    attached = {"at": at, "head": head, "widths": widths}
+    path = saved(tmp_path / "n.pt", model=net, kwargs=PLAIN, attached=attached)
+
+    found = load_checkpoint(path)
+
+    image = torch.randn(2, 1, 8, 8)
+    with torch.no_grad():
+        for one, other in zip(net(image), found.model(image), strict=True):
+            assert torch.equal(one, other)
+    assert found.exits == ("exit0", "exit1", "exit2")
+    assert found.attached == attached
+
+
+def test_exits_attached_to_foreign_code_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = (
+        "import torch\n"
+        "from edgeexit.host.zoo import resnet\n"
+        f"def make(): return resnet(**{PLAIN!r})\n"
+        "def without_memory():\n"
+        "    with torch.device('meta'): return make()\n"
+        "class Half(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        with torch.device('meta'): self.net = make()\n"
+        "        self.scale = torch.nn.Parameter(torch.ones(1))\n"
+        "    def forward(self, x): return self.net(x * self.scale)[0]\n"
+    )
+    (tmp_path / "my_plain_code.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    net = attach(resnet(**PLAIN), ATTACHED["at"], input_shape=[1, 1, 8, 8]).eval()
+    image = torch.randn(1, 1, 8, 8)
+    for factory, prefix in (("make", ""), ("without_memory", ""), ("Half", "net.")):
+        arch = f"my_plain_code:{factory}"
+        at = [prefix + name for name in ATTACHED["at"]]
+        state = {
+            name.replace("backbone.", f"backbone.{prefix}"): tensor
+            for name, tensor in net.state_dict().items()
+        }
+        if prefix:
+            state["backbone.scale"] = torch.ones(1)
+        path = saved(
+            tmp_path / "n.pt",
+            model=None,
+            state_dict=state,
+            arch=arch,
+            kwargs={},
+            attached=ATTACHED | {"at": at},
+        )
+
+        found = load_checkpoint(path, arch=arch)
+
+        with torch.no_grad():
+            for one, other in zip(net(image), found.model(image), strict=True):
+                assert torch.equal(one, other)
+
+
+def test_a_foreign_network_that_stays_without_memory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_empty_code.py").write_text(
+        "import torch\n"
+        "class Empty(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        lost = torch.zeros(1, device='meta')\n"
+        "        self.register_buffer('lost', lost, persistent=False)\n"
+        "        self.layer = torch.nn.Linear(64, 3)\n"
+        "    def forward(self, x): return self.layer(x.flatten(1)) + self.lost\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    state = torch.nn.ModuleDict({"layer": torch.nn.Linear(64, 3)}).state_dict()
+    path = saved(
+        tmp_path / "n.pt", model=None, state_dict=state, arch="my_empty_code:Empty", kwargs={}
+    )
+
+    with pytest.raises(UsageError, match="leaves lost without memory"):
+        load_checkpoint(path, arch="my_empty_code:Empty")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": ["stem"]},
+        {"at": ["stem", "nowhere"]},
+        {"at": ["stem", ""]},
+        {"at": ["stem", "stem"]},
+        {"at": ["blocks.0", "stem"]},
+        {"at": ["stem", "heads"]},
+        {"at": ["stem", 3]},
+        {"at": "stem"},
+        {"at": [], "widths": []},
+        {"at": ["stem"] * 1000, "widths": [[]] * 1000},
+        {"head": "nonsense"},
+        {"head": 3},
+        {"head": "convs"},
+        {"widths": [[]]},
+        {"widths": [[8], []]},
+        {"widths": [[10**9], [1]], "head": "convs"},
+        {"widths": [[0], [1]], "head": "convs"},
+        {"widths": [[True], [1]], "head": "convs"},
+        {"widths": [[1.5], [1]], "head": "convs"},
+        {"widths": [[4096] * 8, [4096] * 8], "head": "convs"},
+        {"widths": [[1] * 9, [1]], "head": "convs"},
+        {"widths": None},
+        {"more": 1},
+    ],
+)
+def test_wrong_attached_exits_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(BadFile, match=r"attached|state_dict"):
+        load_checkpoint(with_exits(tmp_path / "n.pt", **changes))
+
+
+def test_exits_cannot_be_attached_to_a_network_that_has_some(tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match="2 exits already"):
+        load_checkpoint(altered(tmp_path / "n.pt", attached=ATTACHED))
+
+
+def test_a_changed_network_keeps_what_its_checkpoint_says(tmp_path: Path) -> None:
+    seen = Bloom.of(sample_digests(np.zeros((3, 8, 8, 1), np.uint8)))
+    first = saved(
+        tmp_path / "a.pt",
+        training_digests=seen.to_bytes(),
+        metadata={"seed": 1, "epochs": 2, "best_epoch": 3},
+    )
+    old = load_checkpoint(first)
+    other = resnet(**KWARGS)
+
+    save_again(tmp_path / "b.pt", old, other, metadata={"epochs": 5, "best_epoch": None})
+
+    new = load_checkpoint(tmp_path / "b.pt")
+    assert new.metadata == {"seed": 1, "epochs": 5}
+    kept = ("arch", "kwargs", "input_shape", "class_names", "preprocess", "calibration_set")
+    for name in (*kept, "training_bloom", "attached"):
+        assert getattr(new, name) == getattr(old, name)
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, new.model.state_dict()[name])
+
+
+def test_saving_an_unchanged_network_again_gives_equal_bytes(tmp_path: Path) -> None:
+    path = with_exits(tmp_path / "a.pt")
+    found = load_checkpoint(path)
+    save_again(tmp_path / "b.pt", found, found.model)
+
+    save_again(tmp_path / "c.pt", load_checkpoint(tmp_path / "b.pt"), found.model)
+
+    assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()

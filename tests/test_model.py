@@ -32,7 +32,7 @@ class Backbone(torch.nn.Module):
 
 def test_attach_gives_a_backbone_exits_and_leaves_its_own_answer() -> None:
     backbone = Backbone().eval()
-    net = attach(backbone, ["first", "second"], input_shape=[1, 1, 8, 8], widths=[4]).eval()
+    net = attach(backbone, ["first", "second"], input_shape=[1, 1, 8, 8]).eval()
     image = torch.randn(2, 1, 8, 8)
 
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_attach_takes_tokens() -> None:
 
 def test_attach_refuses_wrong_places() -> None:
     shape = [1, 1, 8, 8]
-    with pytest.raises(UsageError, match="no module 'frist'"):
+    with pytest.raises(UsageError, match="no module named 'frist'"):
         attach(Backbone(), ["frist"], input_shape=shape)
     with pytest.raises(UsageError, match="different"):
         attach(Backbone(), ["first", "first"], input_shape=shape)

@@ -24,7 +24,7 @@ from torch import nn
 from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import Table, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host import zoo
-from edgeexit.host.model import exit_outputs
+from edgeexit.host.model import attach, exit_outputs
 from edgeexit.names import load_attribute
 from edgeexit.overlap import Bloom
 from edgeexit.preprocess import Preprocess
@@ -33,6 +33,8 @@ from edgeexit.preprocess import Preprocess
 CHECKPOINT_FORMAT = 1
 MAX_CHECKPOINT_BYTES = 4 << 30
 MAX_INPUT_VALUES = 1 << 26
+MAX_ATTACHED = 64
+MAX_HEAD_CONVS = 8
 
 Factory = Callable[..., nn.Module]
 OWN_FACTORIES: dict[str, Factory] = {
@@ -46,7 +48,8 @@ class Checkpoint:
     A network read from a file, in eval mode, with what the file says about it.
 
     input_shape is (1, ...) in the network's own layout; training_bloom are the (sound) bytes of
-    a Bloom filter over the samples that it was trained on.
+    a Bloom filter over the samples that it was trained on. attached says which exits the plain
+    network of *arch* was given: {"at": modules, "head": kind, "widths": a list for each exit}.
     """
 
     model: nn.Module
@@ -60,6 +63,7 @@ class Checkpoint:
     metadata: dict[str, Any]
     digest: str
     exits: tuple[str, ...]
+    attached: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -74,13 +78,15 @@ def save_checkpoint(
     preprocess: Preprocess | Mapping[str, Any],
     calibration_set: str | None = None,
     training_digests: bytes | None = None,
+    attached: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Write the weights of *model* (or *state_dict*) so that load_checkpoint can read them.
 
     *preprocess* may also be the plain object of docs/formats.md.
-    *arch* is "package.module:factory", which called with *kwargs* gives the same network;
+    *arch* is "package.module:factory", which called with *kwargs* gives the same network, or the
+    backbone of one whose exits are *attached* (as in Checkpoint);
     *training_digests* are the bytes of a samples.Bloom over what it was trained on. The bytes
     depend on the arguments only. BadFile if what would be written could not be read back.
     """
@@ -107,12 +113,36 @@ def save_checkpoint(
         else torch.frombuffer(bytearray(training_digests), dtype=torch.uint8),
         "metadata": _plain(dict(metadata or {})),
     }
+    if attached is not None:
+        document["attached"] = _plain(dict(attached))
     buffer = io.BytesIO()
     torch.save(document, buffer)
     data = buffer.getvalue()
     if arch in OWN_FACTORIES:
         _read(data, str(path))
     write_file(Path(path), data)
+
+
+def save_again(path: Path | str, checkpoint: Checkpoint, model: nn.Module, **changes: Any) -> None:
+    """
+    Write *model*, a changed form of *checkpoint*'s, with everything else that *checkpoint* says.
+
+    *changes* replace arguments of save_checkpoint; "metadata" is merged into the checkpoint's
+    own, and a value of None takes its key out.
+    """
+    merged = {**checkpoint.metadata, **changes.pop("metadata", {})}
+    facts: dict[str, Any] = {
+        "arch": checkpoint.arch,
+        "kwargs": checkpoint.kwargs,
+        "input_shape": checkpoint.input_shape,
+        "class_names": checkpoint.class_names,
+        "preprocess": checkpoint.preprocess,
+        "calibration_set": checkpoint.calibration_set,
+        "training_digests": checkpoint.training_bloom,
+        "attached": checkpoint.attached,
+        "metadata": {key: value for key, value in merged.items() if value is not None},
+    }
+    save_checkpoint(path, model=model, **{**facts, **changes})
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +203,8 @@ def _read(
     if not isinstance(stored, dict):
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
     state = _state(stored, where)
-    model = _with_weights(named, arch, kwargs, state, where)
+    attached = _attached(table)
+    model = _with_weights(named, arch, kwargs, state, where, attached, input_shape)
     found = _probe(model, input_shape, len(class_names), where)
     return Checkpoint(
         model=model,
@@ -187,7 +218,33 @@ def _read(
         metadata=dict(table.find("metadata", dict, {})),
         digest=digest_of(data),
         exits=found,
+        attached=attached,
     )
+
+
+def _attached(table: Table) -> dict[str, Any] | None:
+    """The checked value of "attached"; whether its names exist shows when the net is built."""
+    if table.values.get("attached") is None:
+        return None
+    inner = table.table("attached")
+    inner.only("at", "head", "widths")
+    at, head = inner.list_of("at", str), inner.get("head", str)
+    rows = inner.list_of("widths", list)
+    if not 1 <= len(at) <= MAX_ATTACHED or len(rows) != len(at):
+        raise BadFile(
+            f"{inner.where}: found {len(at)} modules and {len(rows)} lists of widths, expected "
+            f"as many of one as of the other, 1 to {MAX_ATTACHED}"
+        )
+    for row in rows:
+        is_sound = len(row) <= MAX_HEAD_CONVS and all(
+            type(width) is int and 1 <= width <= zoo.MAX_WIDTH for width in row
+        )
+        if not is_sound:
+            raise BadFile(
+                f"{inner.where}.widths: expected up to {MAX_HEAD_CONVS} numbers in "
+                f"1..{zoo.MAX_WIDTH} for each exit"
+            )
+    return {"at": at, "head": head, "widths": rows}
 
 
 def _optional(table: Table, key: str, kind: type[Any]) -> Any:
@@ -228,7 +285,7 @@ def _plain_state(
     input_shape = purpose.input_shape
     if input_shape is None:
         input_shape = _image_shape(purpose.preprocess)
-    model = _with_weights(arch, arch, {}, _state(inner, where), where)
+    model = _with_weights(arch, arch, {}, _state(inner, where), where, None, input_shape)
     return Checkpoint(
         model=model,
         arch=arch,
@@ -403,16 +460,41 @@ def _with_weights(
     kwargs: dict[str, Any],
     state: dict[str, torch.Tensor],
     where: str,
+    attached: dict[str, Any] | None,
+    input_shape: tuple[int, ...],
 ) -> nn.Module:
     """The network that the file names, with its weights, in eval mode."""
     # Foreign code may not work without memory; own code may be asked for too much of it.
     with torch.device("meta" if named in OWN_FACTORIES else "cpu"):
         model = build_network(named, kwargs, where, arch=arch)
+    if attached is not None:
+        model = _with_exits(model, attached, input_shape, where)
     expected = model.state_dict()
     _compare(expected, state, where)
     cast = {name: state[name].to(expected[name].dtype) for name in expected}
     model.load_state_dict(cast, assign=True)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise UsageError(f"--arch {named}: leaves {name} without memory")
     return model.eval()
+
+
+def _with_exits(
+    backbone: nn.Module, attached: dict[str, Any], input_shape: tuple[int, ...], where: str
+) -> nn.Module:
+    try:
+        return attach(
+            backbone,
+            attached["at"],
+            input_shape=input_shape,
+            head=attached["head"],
+            widths=attached["widths"],
+            device="meta",  # the file may claim any size; the weights come next
+        )
+    except EdgeExitError as error:
+        raise BadFile(f"{where}: attached: {error}", hint=error.hint) from error
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        raise BadFile(f"{where}: attached: the network refuses its input: {error}") from error
 
 
 def _foreign(arch: str, kwargs: dict[str, Any]) -> nn.Module:
