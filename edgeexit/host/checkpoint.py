@@ -25,14 +25,18 @@ from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import Table, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host import zoo
 from edgeexit.host.model import attach, exit_outputs
+from edgeexit.host.surgery import replay
 from edgeexit.names import load_attribute
 from edgeexit.overlap import Bloom
 from edgeexit.preprocess import Preprocess
+from edgeexit.samples import find_set, is_set
 
 # 1: first format.
 CHECKPOINT_FORMAT = 1
 MAX_CHECKPOINT_BYTES = 4 << 30
 MAX_INPUT_VALUES = 1 << 26
+PROBES = 2
+PROBE_TOLERANCE = 1e-3  # other processors and kernels add up in another order
 MAX_ATTACHED = 64
 MAX_HEAD_CONVS = 8
 
@@ -49,7 +53,8 @@ class Checkpoint:
 
     input_shape is (1, ...) in the network's own layout; training_bloom are the (sound) bytes of
     a Bloom filter over the samples that it was trained on. attached says which exits the plain
-    network of *arch* was given: {"at": modules, "head": kind, "widths": a list for each exit}.
+    network of *arch* was given: {"at": modules, "head": kind, "widths": a list for each exit};
+    surgery what was then taken out of it (edgeexit.host.surgery).
     """
 
     model: nn.Module
@@ -64,6 +69,7 @@ class Checkpoint:
     digest: str
     exits: tuple[str, ...]
     attached: dict[str, Any] | None = None
+    surgery: tuple[dict[str, Any], ...] = ()
 
 
 def save_checkpoint(
@@ -79,6 +85,7 @@ def save_checkpoint(
     calibration_set: str | None = None,
     training_digests: bytes | None = None,
     attached: Mapping[str, Any] | None = None,
+    surgery: Sequence[Mapping[str, Any]] = (),
     metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """
@@ -86,7 +93,8 @@ def save_checkpoint(
 
     *preprocess* may also be the plain object of docs/formats.md.
     *arch* is "package.module:factory", which called with *kwargs* gives the same network, or the
-    backbone of one whose exits are *attached* (as in Checkpoint);
+    backbone of one whose exits are *attached* (as in Checkpoint); with *surgery* done to it the
+    *model* itself is needed: its answers to two probes are kept, and must come out again;
     *training_digests* are the bytes of a samples.Bloom over what it was trained on. The bytes
     depend on the arguments only. BadFile if what would be written could not be read back.
     """
@@ -115,6 +123,11 @@ def save_checkpoint(
     }
     if attached is not None:
         document["attached"] = _plain(dict(attached))
+    if surgery:
+        if model is None:
+            raise UsageError("save_checkpoint: surgery needs the model, not its state_dict alone")
+        document["surgery"] = _plain({"surgery": [dict(entry) for entry in surgery]})["surgery"]
+        document["probe"] = probe_of(model, input_shape)
     buffer = io.BytesIO()
     torch.save(document, buffer)
     data = buffer.getvalue()
@@ -140,9 +153,48 @@ def save_again(path: Path | str, checkpoint: Checkpoint, model: nn.Module, **cha
         "calibration_set": checkpoint.calibration_set,
         "training_digests": checkpoint.training_bloom,
         "attached": checkpoint.attached,
+        "surgery": checkpoint.surgery,
         "metadata": {key: value for key, value in merged.items() if value is not None},
     }
     save_checkpoint(path, model=model, **{**facts, **changes})
+
+
+def probe_of(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:
+    """Two inputs (2, ...), drawn at random, and *model*'s logits of each exit (2, classes)."""
+    shape = (PROBES, *tuple(input_shape)[1:])
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(PROBES)).half()
+    model.eval()
+    with torch.no_grad():
+        outputs = exit_outputs(model, inputs.float())
+    return {"inputs": inputs, "logits": {name: one.clone() for name, one in outputs.items()}}
+
+
+def _check_probe(model: nn.Module, probe: object, where: str) -> None:
+    """BadFile unless the network, operated on as the file says, answers as the file says."""
+    try:
+        assert isinstance(probe, dict)
+        inputs, logits = probe["inputs"], dict(probe["logits"])
+        assert inputs.shape[0] == PROBES and logits
+        with torch.no_grad():
+            found = exit_outputs(model.eval(), inputs.float())
+        assert list(found) == list(logits)
+        worst = max(
+            float((found[name] - logits[name]).abs().max() / logits[name].abs().max())
+            for name in logits
+        )
+    except (AssertionError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise BadFile(
+            f"{where}: probe: missing or not fitting the network: a pruned network cannot be "
+            "checked without it",
+            hint="prune again, or copy the file again",
+        ) from error
+    if not worst <= PROBE_TOLERANCE:
+        raise BadFile(
+            f"{where}: the pruned network answers its probe differently by {worst:.1e} of the "
+            f"largest logit, expected at most {PROBE_TOLERANCE:.0e}: its surgery or weights were "
+            "altered",
+            hint="copy the file again, or prune again",
+        )
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -161,6 +213,21 @@ class Purpose:
     preprocess: Preprocess
     input_shape: tuple[int, ...] | None = None
     calibration_set: str | None = None
+
+    @classmethod
+    def of_set(cls, name: str) -> "Purpose":
+        """What the calibration set *name* says. UsageError if there is none of that name."""
+        owner = find_set(name)
+        is_found_by_name = is_set(owner.name) and find_set(owner.name).digest == owner.digest
+        input_shape = None
+        if owner.preprocess.kind == "array":
+            input_shape = (1, *owner.split("ranges").samples.shape[1:])
+        return cls(
+            class_names=owner.class_names,
+            preprocess=owner.preprocess,
+            input_shape=input_shape,
+            calibration_set=owner.name if is_found_by_name else name,
+        )
 
 
 def load_checkpoint(
@@ -204,7 +271,10 @@ def _read(
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
     state = _state(stored, where)
     attached = _attached(table)
-    model = _with_weights(named, arch, kwargs, state, where, attached, input_shape)
+    entries = document.get("surgery", [])
+    model = _with_weights(named, arch, kwargs, state, where, attached, input_shape, entries)
+    if entries:
+        _check_probe(model, document.get("probe"), where)
     found = _probe(model, input_shape, len(class_names), where)
     return Checkpoint(
         model=model,
@@ -219,6 +289,7 @@ def _read(
         digest=digest_of(data),
         exits=found,
         attached=attached,
+        surgery=tuple(entries),
     )
 
 
@@ -274,7 +345,7 @@ def _plain_state(
     if arch is None:
         raise UsageError(
             f"{where}: a plain state_dict does not say which network it belongs to",
-            hint=f"name the function that makes it: edgeexit convert {where} "
+            hint="name the function that makes it, and a set that says what it is for: "
             "--arch package.module:factory --calibration SET",
         )
     if purpose is None:
@@ -462,6 +533,7 @@ def _with_weights(
     where: str,
     attached: dict[str, Any] | None,
     input_shape: tuple[int, ...],
+    entries: object = (),
 ) -> nn.Module:
     """The network that the file names, with its weights, in eval mode."""
     # Foreign code may not work without memory; own code may be asked for too much of it.
@@ -469,6 +541,8 @@ def _with_weights(
         model = build_network(named, kwargs, where, arch=arch)
     if attached is not None:
         model = _with_exits(model, attached, input_shape, where)
+    if entries:
+        replay(model, entries, f"{where}: surgery")
     expected = model.state_dict()
     _compare(expected, state, where)
     cast = {name: state[name].to(expected[name].dtype) for name in expected}
