@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from edgeexit.calibration import make_set  # noqa: E402
 from edgeexit.errors import BadFile, UsageError  # noqa: E402
 from edgeexit.host.checkpoint import (  # noqa: E402
     Purpose,
@@ -438,3 +439,32 @@ def test_saving_an_unchanged_network_again_gives_equal_bytes(tmp_path: Path) -> 
     save_again(tmp_path / "c.pt", load_checkpoint(tmp_path / "b.pt"), found.model)
 
     assert (tmp_path / "b.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["image", "array"])
+def test_a_set_says_what_a_plain_state_dict_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, 256, (60, 8, 8, 1), dtype=np.uint8)
+    if kind == "array":
+        samples = rng.standard_normal((60, 1, 8, 8)).astype(np.float32)
+    np.savez(tmp_path / "source.npz", samples=samples, labels=np.arange(60) % 3)
+    monkeypatch.chdir(tmp_path)
+    preprocess = PREPROCESS if kind == "image" else Preprocess(kind="array", layout="as-is")
+    for folder in ("here", "calibration/there", "elsewhere/far"):
+        make_set(tmp_path / "source.npz", tmp_path / folder, preprocess=preprocess)
+    (tmp_path / f"my_{kind}_code.py").write_text(
+        f"from edgeexit.host.zoo import resnet\ndef make(): return resnet(**{KWARGS!r})\n"
+    )
+    torch.save(resnet(**KWARGS).state_dict(), "plain.pt")
+
+    for given, kept in (("here", "here"), ("there", "there"), ("elsewhere/far", "elsewhere/far")):
+        purpose = Purpose.of_set(given)
+        found = load_checkpoint("plain.pt", arch=f"my_{kind}_code:make", purpose=purpose)
+
+        assert found.input_shape == (1, 1, 8, 8)
+        assert found.class_names == ("0", "1", "2")
+        assert found.preprocess == preprocess
+        assert found.calibration_set == kept
+    assert Purpose.of_set("./here").calibration_set == "here"

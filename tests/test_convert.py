@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from edgeexit.calibration import make_set
 from edgeexit.cli import convert as cli
 from edgeexit.cli.steps import Steps
 from edgeexit.errors import (
@@ -230,6 +231,20 @@ def test_answers_that_prove_nothing_stop_the_conversion(work, tmp_path) -> None:
     with pytest.raises(ParityError, match="prove nothing"):
         convert(tmp_path / "flat.pt", tmp_path / "out.edgeexit", work / "some.npz")
     assert not (tmp_path / "out.edgeexit").exists()
+
+
+def test_a_set_says_what_a_plain_state_dict_is_for(tmp_path, monkeypatch) -> None:
+    reals = host_nets.rows(2000)
+    np.savez(tmp_path / "rows.npz", samples=reals.samples, labels=np.arange(2000) % 3)
+    make_set(tmp_path / "rows.npz", tmp_path / "rows", preprocess=host_nets.ROW)
+    torch.manual_seed(0)
+    torch.save(host_nets.Rows().state_dict(), tmp_path / "bare.pt")
+    monkeypatch.chdir(tmp_path)
+
+    bundle = convert("bare.pt", calibration="rows", arch="tests.host_nets:Rows")
+
+    assert bundle.class_names == ("0", "1", "2")
+    assert bundle.calibration_set is not None
 
 
 def test_a_foreign_folder_is_never_replaced(work, tmp_path) -> None:

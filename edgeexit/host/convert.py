@@ -20,7 +20,7 @@ from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
 from edgeexit.host import lower, quantize
 from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits, torch_logits
-from edgeexit.host.checkpoint import Checkpoint, load_checkpoint
+from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint
 from edgeexit.interpreter import open_interpreter
 from edgeexit.names import choose
 from edgeexit.preprocess import Preprocess
@@ -170,33 +170,20 @@ class _Ranges:
 
 
 def _load(path: Path, arch: str | None, calibration: Path | str | None) -> _Network:
-    checkpoint = load_checkpoint(path, arch=arch)
-    source = _source(checkpoint, calibration)
-    preprocess = checkpoint.preprocess
-    class_names, input_shape = checkpoint.class_names, checkpoint.input_shape
-    if preprocess is None or class_names is None or input_shape is None:
-        # A plain state_dict knows nothing of its input: the set must tell.
-        if not is_set(source):
-            raise UsageError(
-                f"{path}: a plain state_dict does not say what it takes and answers",
-                hint="give a set that does (--calibration NAME), or write the file with "
-                "edgeexit.host.checkpoint.save_checkpoint",
-            )
-        owner = find_set(source)
-        preprocess, class_names = owner.preprocess, owner.class_names
-        input_shape = (1, *owner.split("ranges").samples.shape[1:])
-        if preprocess.layout == "nchw":
-            batch, height, width, channels = input_shape
-            input_shape = (batch, channels, height, width)
+    # A plain state_dict knows nothing of its input: a set can tell.
+    purpose = None
+    if calibration is not None and is_set(calibration):
+        purpose = Purpose.of_set(str(calibration))
+    checkpoint = load_checkpoint(path, arch=arch, purpose=purpose)
     return _Network(
         model=checkpoint.model,
         arch=checkpoint.arch,
         digest=checkpoint.digest,
-        input_shape=input_shape,
-        class_names=class_names,
-        preprocess=preprocess,
+        input_shape=checkpoint.input_shape,
+        class_names=checkpoint.class_names,
+        preprocess=checkpoint.preprocess,
         training_bloom=checkpoint.training_bloom,
-        source=source,
+        source=_source(checkpoint, calibration),
     )
 
 
