@@ -254,7 +254,7 @@ def test_damaged_data_is_refused(tmp_path: Path, damage: Callable[[bytes], bytes
     path.write_bytes(damage(path.read_bytes()))
 
     with pytest.raises(BadFile):
-        training_samples(recipe.data, recipe.preprocess, recipe.model.input_shape)
+        training_samples(recipe.data, recipe.model.preprocess, recipe.model.input_shape)
 
 
 def test_an_npz_of_sensor_windows_trains_too(tmp_path: Path) -> None:

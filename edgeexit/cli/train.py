@@ -1,4 +1,4 @@
-"""`edgeexit train`: a recipe goes in, a checkpoint comes out."""
+"""`edgeexit train`: a recipe or a checkpoint goes in, a trained checkpoint comes out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,29 +11,73 @@ if TYPE_CHECKING:
     from edgeexit.host.train import Step
 
 
-@click.command("train", short_help="train a multi-exit network from a recipe")
-@click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="default: RECIPE with .pt")
-@click.option("--arch", help="package.module:factory, if the recipe names code of your own")
+@click.command("train", short_help="train a multi-exit network, from a recipe or further")
+@click.argument("source", metavar="RECIPE.toml|MODEL.pt", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--out",
+    type=click.Path(path_type=Path),
+    help="default: RECIPE with .pt, or MODEL-trained.pt",
+)
+@click.option(
+    "--arch",
+    metavar="MODULE:FACTORY",
+    help="the code that builds the network, if it is code of your own",
+)
 @click.option("--again", is_flag=True, help="train anew, replacing what is there")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-def command(recipe: Path, out: Path | None, arch: str | None, again: bool, as_json: bool) -> None:
+@click.option("--regime", help="joint (default), frozen (heads only) or mixed")
+@click.option(
+    "--data", metavar="PATH", help="class folders, an .npz, or MNIST-like; default: as before"
+)
+@click.option("--epochs", type=click.IntRange(1, 100_000), help="default: by the regime")
+@click.option(
+    "--learning-rate",
+    type=click.FloatRange(1e-9, 100),
+    help="its peak; default: by the regime",
+)
+@click.option("--batch", type=click.IntRange(2, 65_536), help="default: 128")
+@click.option(
+    "--holdout",
+    type=click.IntRange(1, 10_000_000),
+    help="samples that judge the epochs; default: as before, else a tenth",
+)
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="default: 0")
+@click.option("--flip/--no-flip", default=None, help="mirror pictures at random")
+@click.option("--shift", type=click.IntRange(0, 1024), help="move pictures by up to so many pixels")
+@click.option(
+    "--calibration",
+    metavar="SET",
+    help="the calibration set that goes with the network; default: the one it names",
+)
+def command(
+    source: Path,
+    out: Path | None,
+    arch: str | None,
+    again: bool,
+    as_json: bool,
+    **said: Any,
+) -> None:
     """
-    Train the network that RECIPE (TOML) describes, all exits together.
+    Train the network that a recipe (TOML) describes, or a checkpoint further.
 
     The epoch that is best on held-out samples is kept. Ctrl-C stops; the same command goes on
-    after the last whole epoch.
+    after the last whole epoch. The options below --json are for a checkpoint; a recipe says all
+    this itself.
 
     \b
-    edgeexit train examples/fashion.toml     # -> examples/fashion.pt
+    edgeexit train examples/fashion.toml                        # -> examples/fashion.pt
+    edgeexit train model.pt --regime frozen --data pictures/    # -> model-trained.pt
     """
     import json
 
-    from edgeexit.host.train import train
+    from edgeexit.host.train import Choices, train
 
     display = _Display()
     try:
-        result = train(recipe, out, arch=arch, again=again, on_step=display)
+        result = train(
+            source, out, arch=arch, again=again, choices=Choices(**said), on_step=display
+        )
     except KeyboardInterrupt as error:
         click.echo(f"\nStopped after {display.whole_epochs} whole epochs.", err=True)
         click.echo("The same command goes on from there.", err=True)
@@ -58,15 +102,15 @@ class _Display:
         self.whole_epochs = 0
 
     def __call__(self, step: "Step") -> None:
+        label = f"epoch {step.epoch}/{step.epochs} ({step.phase})"
         if step.accuracies is not None:
             self.close()
             self.whole_epochs = step.epoch
             figures = "  ".join(f"{k} {100 * v:.2f} %" for k, v in step.accuracies.items())
             best = "  (best so far)" if step.is_best else ""
-            click.echo(f"epoch {step.epoch}/{step.epochs}  {figures}{best}", err=True)
+            click.echo(f"{label}  {figures}{best}", err=True)
             return
         if self._bar is None:
-            label = f"epoch {step.epoch}/{step.epochs}"
             self._bar = progress(length=step.batches, label=label, show_pos=True)
             self._bar.__enter__()
         self._bar.update(1)

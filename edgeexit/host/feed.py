@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from edgeexit.errors import BadFile, UsageError
@@ -36,15 +37,22 @@ class TrainingSet:
     class_names: tuple[str, ...]
 
 
+def to_input(real: NDArray[np.float32], preprocess: Preprocess) -> torch.Tensor:
+    """Real numbers (N, H, W, C) or (N, ...) as the network's input, without copying."""
+    tensor = torch.from_numpy(real)
+    return tensor.permute(0, 3, 1, 2) if preprocess.layout == "nchw" else tensor
+
+
 def training_samples(
     data: DataPart, preprocess: Preprocess, input_shape: tuple[int, ...]
 ) -> TrainingSet:
     """Read the source that *data* names. UsageError, or BadFile if its contents are not sound."""
-    found = choose(data.kind, SOURCES, "kind of training data")(data, preprocess, input_shape)
-    if not 0 < data.holdout < len(found.labels):
+    if data.path is None:
         raise UsageError(
-            f"{data.path}: {len(found.labels)} samples, cannot hold out {data.holdout} of them"
+            "where are the training samples?", hint="say --data PATH, or data.path in the recipe"
         )
+    kind = recognised(Path(data.path)) if data.kind is None else data.kind
+    found = choose(kind, SOURCES, "kind of training data")(data, preprocess, input_shape)
     if found.labels.min() < 0 or found.labels.max() >= len(found.class_names):
         raise BadFile(
             f"{data.path}: labels {found.labels.min()} to {found.labels.max()}, "
@@ -53,13 +61,29 @@ def training_samples(
     return found
 
 
+def recognised(path: Path) -> str:
+    """The kind of source at *path*, a key of SOURCES. UsageError if it is none."""
+    if path.suffix == ".npz" and path.is_file():
+        return "npz"
+    if path.is_dir():
+        names = {child.name.removesuffix(".gz") for child in path.iterdir()}
+        return "idx" if names & set(IDX_STEMS) else "folder"
+    if path.exists():
+        raise UsageError(
+            f"{path}: expected a folder of class folders, an .npz, or an MNIST-like folder"
+        )
+    raise UsageError(
+        f"{path}: no such file or folder", hint="where the training samples are: --data PATH"
+    )
+
+
 def _from_idx(data: DataPart, preprocess: Preprocess, input_shape: tuple[int, ...]) -> TrainingSet:
     """The training half of an MNIST-like folder; the test half is never opened."""
-    images, labels = (_read_idx(Path(data.path) / stem) for stem in IDX_STEMS)
+    images, labels = (_read_idx(Path(str(data.path)) / stem) for stem in IDX_STEMS)
     if preprocess.kind != "image" or (*images.shape[1:], 1) != preprocess.sample_shape:
         raise UsageError(
-            f"{data.path}: gray pictures of {images.shape[1:]}, the recipe's [preprocess] "
-            "asks for something else"
+            f"{data.path}: gray pictures of {images.shape[1:]}, the recipe's [preprocess] or "
+            "the checkpoint asks for something else"
         )
     if labels.shape != images.shape[:1]:
         raise BadFile(f"{data.path}: {len(images)} pictures but {len(labels)} labels")
@@ -95,10 +119,13 @@ def _from_samples(
     """A folder of class folders, or an npz, through the reader that all commands share."""
     from edgeexit.samples import load_samples
 
-    names = data.class_names or _class_folders(Path(data.path))
+    path = Path(str(data.path))
+    if not path.exists():  # SET:SPLIT is no path: calibration sets are not for training
+        raise UsageError(f"{path}: no such file or folder")
+    names = data.class_names or _class_folders(path)
     if names is None:
-        raise UsageError(f"{data.path}: data.class_names is missing from the recipe")
-    found = load_samples(data.path, preprocess, names, input_shape)
+        raise UsageError(f"{path}: data.class_names is missing from the recipe")
+    found = load_samples(path, preprocess, names, input_shape)
     return TrainingSet(
         samples=found.samples, labels=found.labels.astype(np.int64), class_names=names
     )

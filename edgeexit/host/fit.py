@@ -17,42 +17,19 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported, UsageError
-from edgeexit.host.feed import TrainingSet, batches
+from edgeexit.host.feed import batches, to_input
 from edgeexit.host.losses import equilibrium, exit_loss, ramped
+from edgeexit.host.material import Material as Material
 from edgeexit.host.model import exit_outputs
 from edgeexit.host.needs import Needs, needs
-from edgeexit.host.recipe import Augmentation, TrainingPart
+from edgeexit.host.recipe import TrainingPart
+from edgeexit.host.regimes import REGIMES as REGIMES
+from edgeexit.host.regimes import Phase, plan
 from edgeexit.names import choose
-from edgeexit.preprocess import Preprocess, real_values
 
 HOLDOUT_BATCH = 500
-
-
-@dataclass(frozen=True, kw_only=True)
-class Phase:
-    """
-    One part of a regime: a *share* of its epochs, and what moves: "all", "backbone" or "heads".
-
-    "backbone" is all that the final exit needs, with its loss alone; "heads" are the parts that
-    one early exit alone needs, with everything else, batch statistics too, as it is.
-    """
-
-    name: str
-    moves: str
-    share: float = 1.0
-
-
-# "mixed": Kubaty et al. 2025, "How to train your multi-exit model?"; shares [1/2, 0, 1/2] are
-# its backbone-then-all without the heads' own phase.
-REGIMES: dict[str, tuple[Phase, ...]] = {
-    "joint": (Phase(name="all", moves="all"),),
-    "frozen": (Phase(name="heads", moves="heads"),),
-    "mixed": (
-        Phase(name="backbone", moves="backbone", share=0.5),
-        Phase(name="heads", moves="heads", share=0.1),
-        Phase(name="all", moves="all", share=0.4),
-    ),
-}
+MEANS_BATCH = 256
+MEANS_SAMPLES = 4096
 
 
 class Influence:
@@ -77,25 +54,6 @@ class Influence:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Material:
-    """Samples to train on and to judge by: *training* and *holdout* are disjoint indices."""
-
-    data: TrainingSet
-    training: NDArray[np.int64]
-    holdout: NDArray[np.int64]
-    preprocess: Preprocess
-    augmentation: Augmentation
-
-    def inputs(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """The samples *indices* as the network takes them, unchanged: float32 (N, ...)."""
-        return to_input(real_values(self.data.samples[indices], self.preprocess), self.preprocess)
-
-    def labels(self, indices: NDArray[np.int64]) -> torch.Tensor:
-        """The labels of the samples *indices*, int64 (N,)."""
-        return torch.from_numpy(self.data.labels[indices])
-
-
-@dataclass(frozen=True, kw_only=True)
 class Step:
     """
     Progress: *epoch* of at most *epochs* (from 1), *batch* of *batches*, in *phase*.
@@ -110,12 +68,6 @@ class Step:
     phase: str = ""
     accuracies: dict[str, float] | None = None
     is_best: bool = False
-
-
-def to_input(real: NDArray[np.float32], preprocess: Preprocess) -> torch.Tensor:
-    """Real numbers (N, H, W, C) or (N, ...) as the network's input, without copying."""
-    tensor = torch.from_numpy(real)
-    return tensor.permute(0, 3, 1, 2) if preprocess.layout == "nchw" else tensor
 
 
 def holdout_accuracies(
@@ -175,13 +127,15 @@ class Fit:
         self.batches = len(material.training) // part.batch
         if not self.batches:
             raise UsageError(f"{where}: training.batch: fewer training samples than that")
-        self.plan = _plan(part, where)
+        self.plan = plan(part, where)
+        choose(part.head_init, HEAD_INITS, "way to start exit heads")
         self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         self._needs: Needs | None = None
         self.epoch = 0
         self.best_epoch = 0
         self.best_accuracies: dict[str, float] = {}
         self._begin(0)
+        self._start_heads()
 
     def _check_model(self) -> tuple[str, ...]:
         """Names of the exits, after one pass that shows input and classes to fit."""
@@ -254,6 +208,12 @@ class Fit:
             pct_start=self.part.warmup,
             cycle_momentum=False,
         )
+
+    def _start_heads(self) -> None:
+        """Where the first phase begins that moves the heads: give them their first weights."""
+        first = next((k for k, (phase, _) in enumerate(self.plan) if phase.moves != "backbone"), -1)
+        if self._number == first:
+            HEAD_INITS[self.part.head_init](self)
 
     def _parts(self) -> Needs:
         if self._needs is None:
@@ -363,6 +323,7 @@ class Fit:
         if self._phase_epoch == epochs or (self.part.patience and waited >= self.part.patience):
             self.take_best()
             self._begin(self._number + 1)
+            self._start_heads()
 
     def take_best(self) -> None:
         """Put the best weights of the phase under way into the model, if there are any yet."""
@@ -438,31 +399,29 @@ class Fit:
         self.influence.load(dict(state["influence"]))
 
 
+def _as_they_are(fit: Fit) -> None:
+    """Heads as they were built or loaded."""
+
+
+def _class_means(fit: Fit) -> None:
+    from edgeexit.host.heads import init_from_class_means
+
+    order = np.random.default_rng([fit.part.seed, 2]).permutation(fit.material.training)
+    chosen = order[:MEANS_SAMPLES]
+    parts = [chosen[k : k + MEANS_BATCH] for k in range(0, len(chosen), MEANS_BATCH)]
+    batches = [
+        (fit.material.inputs(part).to(fit.device), fit.material.labels(part).to(fit.device))
+        for part in parts
+    ]
+    init_from_class_means(fit.model, fit.exits[:-1], batches)
+
+
+HEAD_INITS: dict[str, Callable[[Fit], None]] = {
+    "random": _as_they_are,
+    "class-means": _class_means,
+}
+
+
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-def _plan(part: TrainingPart, where: str) -> list[tuple[Phase, int]]:
-    """The phases of the regime with their epochs, which sum up to part.epochs."""
-    phases = choose(part.regime, REGIMES, "training regime")
-    shares = list(part.phase_shares) or [phase.share for phase in phases]
-    if len(shares) != len(phases) or not sum(shares):
-        raise BadFile(
-            f"{where}: training.phase_shares: found {shares}, the regime {part.regime} has "
-            f"{len(phases)} phases: {', '.join(phase.name for phase in phases)}"
-        )
-    used = [(phase, share) for phase, share in zip(phases, shares, strict=True) if share]
-    if 0 < part.epochs < len(used):
-        raise BadFile(
-            f"{where}: training.epochs: found {part.epochs}, the regime {part.regime} has "
-            f"{len(used)} phases"
-        )
-    # Each phase has one epoch; the rest is dealt out to whoever is furthest behind its share.
-    counts = [1] * len(used)
-    wanted = [part.epochs * share / sum(shares) for _, share in used]
-    for _ in range(part.epochs - len(used)):
-        behind = [want - count for want, count in zip(wanted, counts, strict=True)]
-        counts[behind.index(max(behind))] += 1
-    plan = zip(used, counts, strict=True)
-    return [(phase, count) for (phase, _), count in plan] if part.epochs else []

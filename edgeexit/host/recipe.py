@@ -17,23 +17,28 @@ from edgeexit.preprocess import Preprocess
 
 @dataclass(frozen=True, kw_only=True)
 class ModelPart:
-    """Which net: *arch* and *kwargs* as in a checkpoint; *input_shape* is (1, ...)."""
+    """A net to build: *arch* and *kwargs* as in a checkpoint; *input_shape* is (1, ...)."""
 
     arch: str
     kwargs: dict[str, Any]
     input_shape: tuple[int, ...]
+    preprocess: Preprocess
     initial_weights: Path | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataPart:
-    """Which samples: a *kind* of source at *path*; *holdout* of them choose the best epoch."""
+    """
+    Which samples: a *kind* of source at *path*; *holdout* of them, drawn by *seed*, choose the
+    best epoch. What is None follows from the rest: see docs/formats.md.
+    """
 
-    kind: str
-    path: str
-    holdout: int
-    class_names: tuple[str, ...] | None
-    calibration_set: str | None
+    kind: str | None = None
+    path: str | None = None
+    holdout: int | None = None
+    seed: int | None = None
+    class_names: tuple[str, ...] | None = None
+    calibration_set: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +83,18 @@ class TrainingPart:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training recipe; *digest* is that of its meaning, not of its layout and comments."""
+    """
+    One training recipe; *digest* is that of its meaning, not of its layout and comments.
+
+    *model* is a net to build, or the path of a checkpoint to go on from. *augmentation* is None
+    where the recipe leaves it to that checkpoint.
+    """
 
     path: Path
     digest: str
-    model: ModelPart
+    model: ModelPart | Path
     data: DataPart
-    preprocess: Preprocess
-    augmentation: Augmentation
+    augmentation: Augmentation | None
     training: TrainingPart
 
 
@@ -93,19 +102,33 @@ def read_recipe(path: Path) -> Recipe:
     """Read *path*. UsageError if it is absent, BadFile if anything in it is not understood."""
     table = read_toml(path)
     table.expect_format(1)
+    digest = digest_of(json_bytes(_plain(table.values, table.where)))
+    training = training_part(table.table("training"))
+    model = table.table("model")
+    if "checkpoint" in model:
+        # What it takes and answers, the checkpoint says itself.
+        table.only("format", "model", "data", "augmentation", "training")
+        model.only("checkpoint")
+        return Recipe(
+            path=path,
+            digest=digest,
+            model=Path(model.get("checkpoint", str)),
+            data=data_part(_optional(table, "data"), is_whole=False),
+            augmentation=augmentation_part(table.table("augmentation"), "image")
+            if "augmentation" in table
+            else None,
+            training=training,
+        )
     table.only("format", "model", "data", "preprocess", "augmentation", "training")
     preprocess = Preprocess.from_table(table.table("preprocess"))
-    recipe = Recipe(
+    return Recipe(
         path=path,
-        digest=digest_of(json_bytes(_plain(table.values, table.where))),
-        model=_model(table.table("model")),
-        data=_data(table.table("data")),
-        preprocess=preprocess,
-        augmentation=_augmentation(_optional(table, "augmentation"), preprocess.kind),
-        training=_training(table.table("training")),
+        digest=digest,
+        model=_model(model, preprocess),
+        data=data_part(table.table("data"), is_whole=True),
+        augmentation=augmentation_part(_optional(table, "augmentation"), preprocess.kind),
+        training=training,
     )
-    _check_input_shape(recipe, str(path))
-    return recipe
 
 
 def _optional(table: Table, key: str) -> Table:
@@ -145,35 +168,50 @@ def _whole(table: Table, key: str, low: int, high: int, default: int | None = No
     return value
 
 
-def _model(table: Table) -> ModelPart:
+def _model(table: Table, preprocess: Preprocess) -> ModelPart:
     table.only("arch", "kwargs", "input_shape", "initial_weights")
     shape = tuple(table.list_of("input_shape", int))
     if len(shape) < 2 or shape[0] != 1 or min(shape) < 1:
         raise BadFile(f"{table.where}.input_shape: found {list(shape)}, expected [1, ...]")
+    if preprocess.kind == "image":
+        height, width, channels = preprocess.sample_shape
+        shapes = {"nchw": (1, channels, height, width), "nhwc": (1, height, width, channels)}
+        if shape != shapes[preprocess.layout]:
+            raise BadFile(
+                f"{table.where}.input_shape: found {list(shape)}, "
+                f"preprocess makes {list(shapes[preprocess.layout])}"
+            )
     weights = table.find("initial_weights", str, "")
     return ModelPart(
         arch=table.get("arch", str),
         kwargs=dict(table.find("kwargs", dict, {})),
         input_shape=shape,
+        preprocess=preprocess,
         initial_weights=Path(weights) if weights else None,
     )
 
 
-def _data(table: Table) -> DataPart:
-    table.only("kind", "path", "holdout", "class_names", "calibration_set")
+def data_part(table: Table, *, is_whole: bool) -> DataPart:
+    """Read a [data] table; *is_whole*: nothing can come from a checkpoint. BadFile."""
+    keys = ("kind", "path", "holdout", "seed", "calibration_set")
+    table.only(*keys, *(["class_names"] if is_whole else []))
     names = tuple(table.list_of("class_names", str)) if "class_names" in table else None
     if names is not None and (len(names) < 2 or len(set(names)) != len(names)):
         raise BadFile(f"{table.where}.class_names: expected two or more, all different")
+    if is_whole:
+        table.get("path", str)
     return DataPart(
-        kind=table.get("kind", str),
-        path=table.get("path", str),
-        holdout=_whole(table, "holdout", 1, 10_000_000),
+        kind=table.find("kind", str, "") or None,
+        path=table.find("path", str, "") or None,
+        holdout=_whole(table, "holdout", 1, 10_000_000) if "holdout" in table else None,
+        seed=_whole(table, "seed", 0, 2**31 - 1) if "seed" in table else None,
         class_names=names,
         calibration_set=table.find("calibration_set", str, "") or None,
     )
 
 
-def _augmentation(table: Table, kind: str) -> Augmentation:
+def augmentation_part(table: Table, kind: str) -> Augmentation:
+    """Read a table of random changes for samples of *kind* "image" or "array"; BadFile."""
     if kind == "image":
         table.only("flip", "shift", "erase", "noise")
     else:
@@ -186,7 +224,8 @@ def _augmentation(table: Table, kind: str) -> Augmentation:
     )
 
 
-def _training(table: Table) -> TrainingPart:
+def training_part(table: Table) -> TrainingPart:
+    """Read a table of training keys. BadFile if anything in it is not understood."""
     table.only(*TrainingPart.__dataclass_fields__)
     weights = tuple(table.list_of("exit_weights", float)) if "exit_weights" in table else ()
     if any(not 0 <= weight <= 1000 for weight in weights) or (weights and weights[-1] == 0):
@@ -219,16 +258,3 @@ def _training(table: Table) -> TrainingPart:
         distillation_temperature=_within(table, "distillation_temperature", 0.01, 100, 1),
         head_init=table.find("head_init", str, "random"),
     )
-
-
-def _check_input_shape(recipe: Recipe, where: str) -> None:
-    if recipe.preprocess.kind != "image":
-        return
-    height, width, channels = recipe.preprocess.sample_shape
-    shapes = {"nchw": (1, channels, height, width), "nhwc": (1, height, width, channels)}
-    wanted = shapes[recipe.preprocess.layout]
-    if recipe.model.input_shape != wanted:
-        raise BadFile(
-            f"{where}: model.input_shape: found {list(recipe.model.input_shape)}, "
-            f"preprocess makes {list(wanted)}"
-        )

@@ -1,33 +1,43 @@
 """
-Train a multi-exit network from a recipe, and write its checkpoint.
+Train a multi-exit network by a recipe, or a checkpoint further, and write a checkpoint.
 
-Callers see train(). Hidden here: the state file beside the output that lets the same command go
-on after an interruption. An interrupted and resumed training computes what an uninterrupted
-one does.
+Callers see train() and Choices. Hidden here: the state file beside the output that lets the same
+command go on after an interruption. An interrupted and resumed training computes what an
+uninterrupted one does.
 """
 
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.errors import BadFile, UsageError
-from edgeexit.files import read_bytes, write_file
-from edgeexit.host.checkpoint import build_network, load_checkpoint, save_checkpoint
-from edgeexit.host.feed import TrainingSet, split_holdout, training_samples
-from edgeexit.host.fit import REGIMES, Fit, Material
+from edgeexit.files import digest_of, json_bytes, read_bytes, write_file
+from edgeexit.host.checkpoint import (
+    Checkpoint,
+    Purpose,
+    build_network,
+    load_checkpoint,
+    save_again,
+    save_checkpoint,
+)
+from edgeexit.host.fit import REGIMES, Fit
 from edgeexit.host.fit import Step as Step
-from edgeexit.host.recipe import Recipe, read_recipe
+from edgeexit.host.material import Origin, gather
+from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests
+from edgeexit.samples import find_set, is_set
 
 # 1: first format. 2: the state of a Fit, with its phases.
 STATE_FORMAT = 2
 MAX_STATE_BYTES = 4 << 30
+MOST_FALSE_HITS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,53 +61,186 @@ class Training:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """
+    What the command says about training a checkpoint; None: as FROM_CHECKPOINT, or as before.
+
+    *data* is a folder of class folders, an .npz or an MNIST-like folder; *calibration* the name
+    of the set that shall go with the network.
+    """
+
+    regime: str | None = None
+    data: str | None = None
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch: int | None = None
+    holdout: int | None = None
+    seed: int | None = None
+    flip: bool | None = None
+    shift: int | None = None
+    calibration: str | None = None
+
+
+# What a checkpoint is trained with unless told otherwise. Heads alone learn fast and cannot
+# spoil the backbone; what moves a trained backbone starts lower than a recipe from scratch.
+FROM_CHECKPOINT: dict[str, TrainingPart] = {
+    "frozen": TrainingPart(regime="frozen", epochs=10, learning_rate=0.1, weight_decay=1e-4),
+    "joint": TrainingPart(
+        regime="joint",
+        epochs=20,
+        learning_rate=0.02,
+        weight_decay=5e-4,
+        equilibrium=True,
+        distillation=0.5,
+    ),
+    "mixed": TrainingPart(
+        regime="mixed",
+        epochs=30,
+        learning_rate=0.05,
+        weight_decay=5e-4,
+        equilibrium=True,
+        distillation=0.5,
+    ),
+}
+
+
 def train(
-    recipe_path: Path,
+    source: Path,
     out: Path | None = None,
     *,
     arch: str | None = None,
     again: bool = False,
+    choices: Choices | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Training:
     """
-    Train by the recipe and write a checkpoint (default: the recipe's path with suffix .pt).
+    Train by the recipe *source* (.toml), or train the checkpoint *source* further.
 
-    A training that was interrupted goes on after its last whole epoch; one that is finished
-    is not redone unless *again*. A recipe that names code outside edgeexit needs that name as
-    *arch* too. UsageError, BadFile or Unsupported for a recipe or data that
-    will not do; StorageError if the state or the checkpoint cannot be written.
+    The result is a checkpoint: by default the recipe's path with suffix .pt, or NAME-trained.pt
+    beside the checkpoint. *choices* are for a checkpoint; a recipe makes its own. A training that
+    was interrupted goes on after its last whole epoch; one that is finished is not redone unless
+    *again*. A recipe or checkpoint that names code outside edgeexit needs that name as *arch*
+    too. UsageError, BadFile or Unsupported for a recipe, checkpoint or data that will not do, or
+    a loss that becomes NaN; StorageError if the state or the checkpoint cannot be written.
     """
-    recipe = read_recipe(recipe_path)
-    out = recipe_path.with_suffix(".pt") if out is None else out
-    done = None if again else _finished(out, recipe, arch)
+    if source.suffix == ".toml":
+        if choices is not None and choices != Choices():
+            raise UsageError(
+                f"{source}: a recipe says itself what its data and training are",
+                hint="change the recipe, or name a checkpoint",
+            )
+        job = _job_of_recipe(source, arch)
+        out = source.with_suffix(".pt") if out is None else out
+    else:
+        job = _job_of_checkpoint(source, choices or Choices(), arch)
+        out = source.with_name(f"{source.stem}-trained.pt") if out is None else out
+    done = None if again else _finished(out, job, arch)
     if done is not None:
         return done
-    choose(recipe.training.regime, REGIMES, "training regime")
-    data = training_samples(recipe.data, recipe.preprocess, recipe.model.input_shape)
-    session = _Session(recipe, data, arch)
+    choose(job.training.regime, REGIMES, "training regime")
+    session = _Session(job, arch)
     state_path = out.with_name(out.name + ".state")
     if state_path.exists() and not again:
         session.resume(state_path)
-    while not session.fit.is_done:
-        session.fit.run_epoch(on_step)
+    fit = session.fit
+    while not fit.is_done:
+        fit.run_epoch(on_step)
         write_file(state_path, session.state_bytes())
     session.save(out)
     state_path.unlink(missing_ok=True)
     return Training(
         path=out,
-        accuracies=session.fit.best_accuracies,
-        best_epoch=session.fit.best_epoch,
-        epochs=session.fit.epoch,
+        accuracies=fit.best_accuracies,
+        best_epoch=fit.best_epoch,
+        epochs=fit.epoch,
         was_done=False,
     )
 
 
-def _finished(out: Path, recipe: Recipe, arch: str | None) -> Training | None:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """
+    What is to be done, wherever it was said; *where* names that place.
+
+    *start* is a net to build, or a checkpoint that was read; *digest* that of the whole task.
+    """
+
+    where: str
+    digest: str
+    start: ModelPart | Checkpoint
+    data: DataPart
+    augmentation: Augmentation | None
+    training: TrainingPart
+
+
+def _job_of_recipe(path: Path, arch: str | None) -> _Job:
+    recipe = read_recipe(path)
+    start: ModelPart | Checkpoint
+    if isinstance(recipe.model, Path):
+        start = load_checkpoint(
+            recipe.model, arch=arch, purpose=_purpose(recipe.data.calibration_set)
+        )
+        digest = digest_of((recipe.digest + start.digest).encode())
+        data = replace(recipe.data, class_names=start.class_names)
+    else:
+        start, digest, data = recipe.model, recipe.digest, recipe.data
+    return _Job(
+        where=str(path),
+        digest=digest,
+        start=start,
+        data=data,
+        augmentation=recipe.augmentation,
+        training=recipe.training,
+    )
+
+
+def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
+    regime = choices.regime or "joint"
+    training = choose(regime, FROM_CHECKPOINT, "training regime")
+    said = {key: value for key, value in asdict(choices).items() if value is not None}
+    start = load_checkpoint(path, arch=arch, purpose=_purpose(choices.calibration))
+    digest = digest_of(json_bytes({"checkpoint": start.digest, "regime": regime, "said": said}))
+    numbers = ("epochs", "learning_rate", "batch", "seed")
+    training = replace(training, **{key: said[key] for key in numbers if key in said})
+    before = Origin.of(start.metadata, str(path)).augmentation or Augmentation()
+    return _Job(
+        where=str(path),
+        digest=digest,
+        start=start,
+        data=DataPart(
+            path=choices.data,
+            holdout=choices.holdout,
+            class_names=start.class_names,
+            calibration_set=choices.calibration,
+        ),
+        augmentation=replace(before, **{k: said[k] for k in ("flip", "shift") if k in said}),
+        training=training,
+    )
+
+
+def _purpose(calibration: str | None) -> Purpose | None:
+    """What a set says about the network that it is for: all that a plain state_dict lacks."""
+    if calibration is None or not is_set(calibration):
+        return None
+    owner = find_set(calibration)
+    shape = None
+    if owner.preprocess.kind == "array":
+        shape = (1, *owner.split("ranges").samples.shape[1:])
+    return Purpose(
+        class_names=owner.class_names,
+        preprocess=owner.preprocess,
+        input_shape=shape,
+        calibration_set=calibration,
+    )
+
+
+def _finished(out: Path, job: _Job, arch: str | None) -> Training | None:
     """The result that *out* already holds, or None if there is no such file."""
     if not out.exists():
         return None
     metadata = load_checkpoint(out, arch=arch).metadata
-    if metadata.get("recipe_digest") != recipe.digest:
+    if metadata.get("recipe_digest") != job.digest:
         raise UsageError(
             f"{out}: is there already and was not made by this recipe",
             hint="name another file with -o, or replace it with --again",
@@ -112,55 +255,46 @@ def _finished(out: Path, recipe: Recipe, arch: str | None) -> Training | None:
 
 
 class _Session:
-    """One training under way: a Fit of the recipe's network, and its state file."""
+    """One training under way: a Fit of the job's network, and its state file."""
 
-    def __init__(self, recipe: Recipe, data: TrainingSet, arch: str | None) -> None:
-        part = recipe.training
-        self.recipe = recipe
-        torch.manual_seed(part.seed)
-        model = build_network(
-            recipe.model.arch, recipe.model.kwargs, f"{recipe.path}: model", arch=arch
+    def __init__(self, job: _Job, arch: str | None) -> None:
+        start, seed = job.start, job.training.seed
+        self.job = job
+        self.material, self.origin = gather(
+            job.data,
+            job.augmentation,
+            preprocess=start.preprocess,
+            input_shape=start.input_shape,
+            before=Origin.of(start.metadata, job.where) if isinstance(start, Checkpoint) else None,
+            seed=seed,
         )
-        if recipe.model.initial_weights is not None:
-            self._take_weights(model, recipe.model.initial_weights, arch)
-        training, holdout = split_holdout(len(data.labels), recipe.data.holdout, part.seed)
-        self.material = Material(
-            data=data,
-            training=training,
-            holdout=holdout,
-            preprocess=recipe.preprocess,
-            augmentation=recipe.augmentation,
-        )
-        self.fit = Fit(model, self.material, part, where=str(recipe.path))
-
-    def _take_weights(self, model: nn.Module, path: Path, arch: str | None) -> None:
-        initial = load_checkpoint(path, arch=arch)
-        try:
-            model.load_state_dict(initial.model.state_dict())
-        except RuntimeError as error:
-            raise UsageError(
-                f"{self.recipe.path}: model.initial_weights: {path} holds another network "
-                f"({initial.arch})"
-            ) from error
+        torch.manual_seed(seed)
+        if isinstance(start, Checkpoint):
+            model = start.model
+        else:
+            model = build_network(start.arch, start.kwargs, f"{job.where}: model", arch=arch)
+            if start.initial_weights is not None:
+                _take_weights(model, start.initial_weights, job.where, arch)
+        self.fit = Fit(model, self.material, job.training, where=job.where)
 
     def state_bytes(self) -> bytes:
         """Everything that the next epoch needs, as the bytes of the state file."""
         buffer = io.BytesIO()
-        head = {"edgeexit_training": STATE_FORMAT, "recipe_digest": self.recipe.digest}
+        head = {"edgeexit_training": STATE_FORMAT, "recipe_digest": self.job.digest}
         torch.save(head | {"fit": self.fit.state()}, buffer)
         return buffer.getvalue()
 
     def resume(self, path: Path) -> None:
-        """Go on from the state file *path*, which must belong to this very recipe."""
+        """Go on from the state file *path*, which must belong to this very job."""
         data = read_bytes(path, limit_bytes=MAX_STATE_BYTES)
         try:
             state = torch.load(io.BytesIO(data), weights_only=True)
             version, digest = state["edgeexit_training"], state["recipe_digest"]
         except Exception as error:  # torch.load has no narrower contract for damaged files
-            raise self._unsound(path, error) from error
+            raise _unsound(path, error) from error
         if version != STATE_FORMAT:
             raise BadFile(f"{path}: of another version of edgeexit", hint=f"remove {path}")
-        if digest != self.recipe.digest:
+        if digest != self.job.digest:
             raise UsageError(
                 f"{path}: an interrupted training of another recipe",
                 hint="undo the change to the recipe to go on, or start anew with --again",
@@ -168,36 +302,73 @@ class _Session:
         try:
             self.fit.load(state["fit"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise self._unsound(path, error) from error
-
-    def _unsound(self, path: Path, error: Exception) -> BadFile:
-        return BadFile(
-            f"{path}: not a sound training state ({type(error).__name__})",
-            hint=f"remove {path} to start anew",
-        )
+            raise _unsound(path, error) from error
 
     def save(self, out: Path) -> None:
         """Write the best weights as a checkpoint."""
-        recipe = self.recipe
-        data = self.material.data
-        seen = Bloom.of(sample_digests(data.samples))
+        start, material, fit = self.job.start, self.material, self.fit
+        metadata = {
+            "recipe_digest": self.job.digest,
+            "regime": self.job.training.regime,
+            "seed": self.job.training.seed,
+            "epochs": fit.epoch,
+            "best_epoch": fit.best_epoch,
+            "holdout": len(material.holdout),
+            "holdout_accuracies": fit.best_accuracies,
+            "torch": torch.__version__.partition("+")[0],
+            **self.origin.to_metadata(),
+        }
+        if isinstance(start, Checkpoint):
+            save_again(
+                out,
+                start,
+                fit.model,
+                calibration_set=self.job.data.calibration_set or start.calibration_set,
+                training_digests=_seen(material.data.samples, start.training_bloom),
+                metadata={**metadata, "trained_from": start.digest},
+            )
+            return
         save_checkpoint(
             out,
-            model=self.fit.model,
-            arch=recipe.model.arch,
-            kwargs=recipe.model.kwargs,
-            input_shape=recipe.model.input_shape,
-            class_names=data.class_names,
-            preprocess=recipe.preprocess,
-            calibration_set=recipe.data.calibration_set,
-            training_digests=seen.to_bytes(),
-            metadata={
-                "recipe_digest": recipe.digest,
-                "seed": recipe.training.seed,
-                "epochs": self.fit.epoch,
-                "best_epoch": self.fit.best_epoch,
-                "holdout": len(self.material.holdout),
-                "holdout_accuracies": self.fit.best_accuracies,
-                "torch": torch.__version__.partition("+")[0],
-            },
+            model=fit.model,
+            arch=start.arch,
+            kwargs=start.kwargs,
+            input_shape=start.input_shape,
+            class_names=material.data.class_names,
+            preprocess=start.preprocess,
+            calibration_set=self.job.data.calibration_set,
+            training_digests=_seen(material.data.samples, None),
+            metadata=metadata,
         )
+
+
+def _take_weights(model: nn.Module, path: Path, where: str, arch: str | None) -> None:
+    initial = load_checkpoint(path, arch=arch)
+    try:
+        model.load_state_dict(initial.model.state_dict())
+    except RuntimeError as error:
+        raise UsageError(
+            f"{where}: model.initial_weights: {path} holds another network ({initial.arch})"
+        ) from error
+
+
+def _unsound(path: Path, error: Exception) -> BadFile:
+    return BadFile(
+        f"{path}: not a sound training state ({type(error).__name__})",
+        hint=f"remove {path} to start anew",
+    )
+
+
+def _seen(samples: NDArray[Any], before: bytes | None) -> bytes:
+    """The filter of *samples* and of what the filter *before* knows, as far as it has room."""
+    digests = sample_digests(samples)
+    if before is None:
+        return Bloom.of(digests).to_bytes()
+    bloom = Bloom.from_bytes(before)
+    new = digests[bloom.testable(digests) & ~bloom.hits(digests)]
+    if len(new):
+        bloom.add(new)
+    if bloom.false_positive_rate > MOST_FALSE_HITS:
+        # Full: it would find nothing any more. The new samples alone are better than that.
+        bloom = Bloom.of(digests)
+    return bloom.to_bytes()
