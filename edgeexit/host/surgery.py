@@ -5,7 +5,7 @@ Callers see remove_block, remove_units and replay. An entry of a surgery list is
     {"remove": "blocks.3"}                           the block is replaced by identity
     {"channels": {"blocks.0.first.0": [16, 8], ...}} widths after removal: [in, out], norms [width]
     {"linear": "blocks.2.first.2"}                   the activation is replaced by identity
-    {"fold": ["first", "second"]}                    two layers without activation become one
+    {"fold": ["first", "second", ...]}               two layers (and the norms between) become one
 It names modules and counts and holds no weights; replayed on the network that a factory makes,
 it gives the shapes into which a checkpoint's weights fit. Hidden here: that it never enlarges.
 """
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.host.graph import Graph
 
 Entry = dict[str, Any]
@@ -179,13 +179,13 @@ def _replay_linear(model: nn.Module, name: Any, where: str) -> None:
 def _replay_fold(model: nn.Module, names: Any, where: str) -> None:
     from edgeexit.host.folding import replay_fold
 
-    if not isinstance(names, list) or len(names) != 2:
-        raise BadFile(f"{where}: expected the names of two layers")
+    if not isinstance(names, list) or len(names) < 2:
+        raise BadFile(f"{where}: expected the names of two layers and of the norms between them")
     for name in names:
         _find(model, name, where)
     try:
         replay_fold(model, *names)
-    except (UsageError, ValueError, TypeError, AttributeError) as error:
+    except (EdgeExitError, ValueError, TypeError, AttributeError) as error:
         raise BadFile(f"{where}: {names}: {error}") from error
 
 
