@@ -158,8 +158,7 @@ def state_entropy(model: nn.Module, graph: Graph, batches: Batches) -> dict[str,
 
 def _sites(model: nn.Module, graph: Graph, batches: Batches) -> list[States]:
     """States of every call of an activation, in the order of the forward."""
-    if not batches:
-        raise UsageError("state entropy: no samples, expected at least one batch")
+    _check(batches)
     counts: list[Counts] = []
     calls: list[tuple[str | None, tuple[str, ...]]] = []
     inside: list[str] = []
@@ -198,6 +197,11 @@ def _sites(model: nn.Module, graph: Graph, batches: Batches) -> list[States]:
         States(activation=name, layers=layers, on=row[0], zero=row[1], off=row[2])
         for (name, layers), row in zip(calls, counts, strict=True)
     ]
+
+
+def _check(batches: Batches) -> None:
+    if not any(len(inputs) for inputs, _ in batches):
+        raise UsageError("states of neurons: no samples, expected at least one batch")
 
 
 def _marks(name: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
@@ -263,6 +267,7 @@ def dead_units(model: nn.Module, graph: Graph, batches: Batches) -> dict[str, Co
 
     Removing them changes no answer on these samples. One unit of a group is always kept.
     """
+    _check(batches)
     alive = {name: np.zeros(group.size, bool) for name, group in graph.groups.items()}
 
     def watch(module: str, readers: list[str]) -> Callable[[nn.Module, Any], None]:
