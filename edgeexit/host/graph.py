@@ -158,11 +158,12 @@ class Graph:
             for name, layer in self.layers.items()
         }
 
-    def parameters(self, kept: Mapping[str, int]) -> int:
-        """Weights (without biases and norms) of the layers when *kept* units stay."""
+    def parameters(self, kept: Mapping[str, int], layers: Iterable[str] | None = None) -> int:
+        """Weights (without biases and norms) of *layers* (all) when *kept* units stay."""
         total = 0
         widths = self.widths(kept)
-        for name, layer in self.layers.items():
+        for name in self.layers if layers is None else layers:
+            layer = self.layers[name]
             inputs, outputs = widths[name]
             places = math.prod(layer.out_shape) // layer.outputs
             kernel = layer.macs // places // layer.outputs
@@ -200,7 +201,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.Expor
     """
     try:
         with quietly(), torch.no_grad():
-            return torch.export.export(_Keyed(model), (torch.zeros(input_shape),))
+            return torch.export.export(Keyed(model), (torch.zeros(input_shape),))
     except Exception as error:  # torch.export raises a score of unrelated types
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise Unsupported(
@@ -209,7 +210,7 @@ def export(model: nn.Module, input_shape: tuple[int, ...]) -> torch.export.Expor
         ) from error
 
 
-class _Keyed(nn.Module):
+class Keyed(nn.Module):
     """Returns the exits as a dict whose keys are known, whatever the network returns."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -217,6 +218,7 @@ class _Keyed(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits (N, classes) by exit, earliest first."""
         return exit_outputs(self.model, x)
 
 

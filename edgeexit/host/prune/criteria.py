@@ -1,9 +1,9 @@
 """
 Which part of a network matters least: the criteria by name, and those that read weights only.
 
-Callers see CRITERIA. Low scores go first. Scores of one layer can always be compared with each
-other; across layers only where a criterion says so. Criteria that need gradients, ablations or
-activations live in modules of their own.
+Callers see CRITERIA and effective_rank. Low scores go first. Scores of one layer can always be
+compared with each other; across layers only where a criterion says so. Criteria that need
+gradients or ablations live in modules of their own.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from edgeexit.host.graph import Graph, Group
+from edgeexit.host.prune.ablation import cka_blocks, kl, kl_blocks
 from edgeexit.host.prune.evidence import (
     BlockScores,
     Criterion,
@@ -26,6 +27,10 @@ from edgeexit.host.prune.evidence import (
     weight_of,
     without_unused,
 )
+from edgeexit.host.prune.saliency import crop, effective_rank, force, snip, taylor, taylor_blocks
+from edgeexit.host.prune.states import state_entropy
+
+__all__ = ["CRITERIA", "Criterion", "Evidence", "effective_rank"]
 
 # ---------------------------------------------------------------- chance
 
@@ -226,6 +231,41 @@ def _of_positions(
     return mean, (squares / count - mean.square()).clamp(min=0).sqrt()
 
 
+# ---------------------------------------------------------------- states
+
+
+def state_entropies(evidence: Evidence) -> UnitScores:
+    """
+    How undecided the unit's sign is before its activations, in bits (NEPENTHE, 2404.16890).
+
+    Exact zeros are not counted; averaged over the unit's producers. Groups without an
+    activation behind them are left out. A unit that is always on scores 0 like one that is
+    always off: this says where a layer is linear, not which channel is useless.
+    """
+    states = state_entropy(evidence.model, evidence.graph, evidence.samples())
+    scores = {}
+    for name, group in evidence.graph.groups.items():
+        rows = [
+            states[producer].entropies()[group.places[producer, "out"]].mean(1)
+            for producer in group.producers
+            if producer in states
+        ]
+        if rows:
+            scores[name] = np.mean(rows, axis=0)
+    return scores
+
+
+def state_entropies_of_blocks(evidence: Evidence) -> BlockScores:
+    """The mean state entropy of the block's layers; blocks without activations are left out."""
+    states = state_entropy(evidence.model, evidence.graph, evidence.samples())
+    scores = {}
+    for name, block in evidence.graph.blocks.items():
+        found = [states[layer].entropy() for layer in block.layers if layer in states]
+        if found:
+            scores[name] = float(np.mean(found))
+    return scores
+
+
 CRITERIA: dict[str, Criterion] = {
     "random": Criterion(units=random_units, blocks=random_blocks, entries=random_entries),
     "l1": Criterion(
@@ -238,5 +278,12 @@ CRITERIA: dict[str, Criterion] = {
     ),
     "bn-gamma": Criterion(units=bn_gamma, blocks=bn_gamma_blocks),
     "bn-statistics": Criterion(units=bn_statistics),
+    "taylor": Criterion(units=taylor, blocks=taylor_blocks),
+    "kl": Criterion(units=kl, blocks=kl_blocks),
+    "cka": Criterion(blocks=cka_blocks),
+    "state-entropy": Criterion(units=state_entropies, blocks=state_entropies_of_blocks),
+    "crop-s": Criterion(units=crop),
     "magnitude": Criterion(entries=magnitude),
+    "snip": Criterion(entries=snip),
+    "force": Criterion(entries=force),
 }

@@ -60,7 +60,6 @@ def equalise(
     graph: Graph,
     scores: Mapping[str, NDArray[np.float64]],
     count: int,
-    *,
     seed: int,
     least: int = 1,
 ) -> Units | None:
