@@ -15,12 +15,14 @@ from typing import Any
 
 import click
 
-from edgeexit.errors import DeviceError, EdgeExitError, from_os_error, printable
+from edgeexit.errors import DeviceError, EdgeExitError, UsageError, from_os_error, printable
 
 _PROGRAM = "edgeexit"
 
 COMMANDS = {
+    "attach": "give a plain network exits, and show where they can go",
     "train": "train a multi-exit network from a recipe",
+    "prune": "make a trained network smaller, its exits attached",
     "convert": "turn a checkpoint into a bundle of int8 segments",
     "profile": "measure the latency of each exit on a device",
     "tune": "choose exits and thresholds from measurements",
@@ -168,6 +170,19 @@ def _refuse(message: str, hint: str | None, code: int) -> int:
     if hint:
         click.echo(f"Hint: {one_line(hint)}", err=True)
     return code
+
+
+def require_host(command: str) -> None:
+    """UsageError unless what *command* needs beside the device side is installed."""
+    from importlib.util import find_spec
+
+    names = ("torch", "litert_torch", "ai_edge_quantizer")
+    absent = [name for name in names if not find_spec(name)]
+    if absent:
+        raise UsageError(
+            f"{command} needs the host side; not installed here: {', '.join(absent)}",
+            hint='pip install "edgeexit[torch]" (see README, "Install")',
+        )
 
 
 def show_error(message: str) -> None:
