@@ -134,6 +134,7 @@ class Fit:
         self.epoch = 0
         self.best_epoch = 0
         self.best_accuracies: dict[str, float] = {}
+        self._check_phases()
         self._begin(0)
         self._start_heads()
 
@@ -179,18 +180,7 @@ class Fit:
                 parameter.requires_grad_(self._trainable[name])
             return
         phase, epochs = self.plan[number]
-        moved = self._moved(phase)
-        self._phase_weights = {
-            "all": self.weights,
-            "backbone": [0.0] * (len(self.weights) - 1) + [1.0],
-            "heads": [*self.weights[:-1], 0.0],
-        }[phase.moves]
-        if not moved or not any(self._phase_weights):
-            raise UsageError(
-                f"{self.where}: nothing to train in phase {phase.name}: the network has no "
-                "early exit with a head of its own and a weight above 0",
-                hint="give it exits first (edgeexit attach), or choose the regime joint",
-            )
+        moved, self._phase_weights = self._moved(phase), self._weights_in(phase)
         for name, parameter in parameters.items():
             parameter.requires_grad_(name in moved)
         self.optimizer = torch.optim.SGD(
@@ -201,11 +191,13 @@ class Fit:
             weight_decay=self.part.weight_decay,
         )
         # One step more than there are: the schedule's last value would stop all learning.
+        steps = epochs * self.batches + 1
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(
             self.optimizer,
             self.part.learning_rate,
-            total_steps=epochs * self.batches + 1,
-            pct_start=self.part.warmup,
+            total_steps=steps,
+            # torch divides by zero where the warm-up is exactly the first step.
+            pct_start=0.0 if self.part.warmup * steps == 1 else self.part.warmup,
             cycle_momentum=False,
         )
 
@@ -219,6 +211,22 @@ class Fit:
         if self._needs is None:
             self._needs = needs(self.model, self._probe)
         return self._needs
+
+    def _weights_in(self, phase: Phase) -> list[float]:
+        """What each exit's loss weighs in *phase*."""
+        if phase.moves == "backbone":
+            return [0.0] * (len(self.weights) - 1) + [1.0]
+        return self.weights if phase.moves == "all" else [*self.weights[:-1], 0.0]
+
+    def _check_phases(self) -> None:
+        """Better now than after the first phase."""
+        for phase, _ in self.plan:
+            if not self._moved(phase) or not any(self._weights_in(phase)):
+                raise UsageError(
+                    f"{self.where}: nothing to train in phase {phase.name}: the network has no "
+                    "early exit with a head of its own and a weight above 0",
+                    hint="give it exits first (edgeexit attach), or choose the regime joint",
+                )
 
     def _moved(self, phase: Phase) -> set[str]:
         """Names of the parameters that *phase* trains; those frozen from the start never move."""
