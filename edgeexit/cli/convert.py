@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.cli import require_host
 from edgeexit.cli.steps import Steps
-from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
@@ -46,16 +46,7 @@ def command(
     edgeexit convert model.pt --calibration pictures/    # class subfolders
     edgeexit convert model.pt --scheme float -o reference.edgeexit
     """
-    from importlib.util import find_spec
-
-    absent = [
-        name for name in ("torch", "litert_torch", "ai_edge_quantizer") if not find_spec(name)
-    ]
-    if absent:
-        raise UsageError(
-            f"convert needs the host side; not installed here: {', '.join(absent)}",
-            hint='pip install "edgeexit[torch]" (see README, "Install")',
-        )
+    require_host("convert")
     from edgeexit.host.convert import convert
 
     steps = Steps()

@@ -53,8 +53,9 @@ class Checkpoint:
 
     input_shape is (1, ...) in the network's own layout; training_bloom are the (sound) bytes of
     a Bloom filter over the samples that it was trained on. attached says which exits the plain
-    network of *arch* was given: {"at": modules, "head": kind, "widths": a list for each exit};
-    surgery what was then taken out of it (edgeexit.host.surgery).
+    network of *arch* was given: {"at": modules, "head": kind, "widths": a list for each exit},
+    and "surgery" if something was taken out of it before; surgery what was taken out afterwards
+    (edgeexit.host.surgery).
     """
 
     model: nn.Module
@@ -124,9 +125,10 @@ def save_checkpoint(
     if attached is not None:
         document["attached"] = _plain(dict(attached))
     if surgery:
+        document["surgery"] = _plain({"surgery": [dict(entry) for entry in surgery]})["surgery"]
+    if surgery or (attached or {}).get("surgery"):
         if model is None:
             raise UsageError("save_checkpoint: surgery needs the model, not its state_dict alone")
-        document["surgery"] = _plain({"surgery": [dict(entry) for entry in surgery]})["surgery"]
         document["probe"] = probe_of(model, input_shape)
     buffer = io.BytesIO()
     torch.save(document, buffer)
@@ -273,7 +275,7 @@ def _read(
     attached = _attached(table)
     entries = document.get("surgery", [])
     model = _with_weights(named, arch, kwargs, state, where, attached, input_shape, entries)
-    if entries:
+    if entries or (attached or {}).get("surgery"):
         _check_probe(model, document.get("probe"), where)
     found = _probe(model, input_shape, len(class_names), where)
     return Checkpoint(
@@ -298,7 +300,7 @@ def _attached(table: Table) -> dict[str, Any] | None:
     if table.values.get("attached") is None:
         return None
     inner = table.table("attached")
-    inner.only("at", "head", "widths")
+    inner.only("at", "head", "widths", "surgery")
     at, head = inner.list_of("at", str), inner.get("head", str)
     rows = inner.list_of("widths", list)
     if not 1 <= len(at) <= MAX_ATTACHED or len(rows) != len(at):
@@ -315,7 +317,8 @@ def _attached(table: Table) -> dict[str, Any] | None:
                 f"{inner.where}.widths: expected up to {MAX_HEAD_CONVS} numbers in "
                 f"1..{zoo.MAX_WIDTH} for each exit"
             )
-    return {"at": at, "head": head, "widths": rows}
+    before = inner.find("surgery", list, [])
+    return {"at": at, "head": head, "widths": rows, **({"surgery": before} if before else {})}
 
 
 def _optional(table: Table, key: str, kind: type[Any]) -> Any:
@@ -540,6 +543,7 @@ def _with_weights(
     with torch.device("meta" if named in OWN_FACTORIES else "cpu"):
         model = build_network(named, kwargs, where, arch=arch)
     if attached is not None:
+        replay(model, attached.get("surgery", []), f"{where}: attached.surgery")
         model = _with_exits(model, attached, input_shape, where)
     if entries:
         replay(model, entries, f"{where}: surgery")
