@@ -1,5 +1,7 @@
 """Facts about lowering torch networks to one float .tflite."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -42,6 +44,19 @@ def test_every_exit_answers_as_in_torch_under_its_own_name(net, lowered) -> None
 
     assert list(lowered.exits) == ["small", "middle", "final"]
     assert max(errors.values()) < 1e-5
+
+
+def test_a_network_trained_channels_last_is_lowered_as_it_answers(net) -> None:
+    model, reals = net
+    model = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    strides = [weight.stride() for weight in model.parameters()]
+    assert strides != [weight.stride() for weight in net[0].parameters()]
+
+    found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
+
+    expected = answers.torch_logits(model, reals)
+    answers.check_parity(expected, answers.tflite_logits(found.data, found.exits, reals), reals)
+    assert [weight.stride() for weight in model.parameters()] == strides
 
 
 def test_a_plain_backbone_with_attached_exits_is_lowered_as_it_answers() -> None:

@@ -10,7 +10,8 @@ so that pooling keeps its axes and the maps stay channels-last.
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +60,31 @@ def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Prepr
     model.eval()
     names = _check_contract(model, input_shape)
     channels_last = preprocess.kind == "image" and preprocess.layout == "nchw"
-    data = _convert(_trace(_Keyed(model), input_shape), input_shape, channels_last)
+    with _plain_layout(model):
+        data = _convert(_trace(_Keyed(model), input_shape), input_shape, channels_last)
     renamed, exits = _rename(data, names)
     alive = cut.drop_dead(renamed, exits, where="lowered network")
     check_loads(alive, "lowered network")
     order = cut.exit_order(alive, exits, "lowered network")
     return Lowered(data=alive, exits={name: exits[name] for name in order})
+
+
+@contextmanager
+def _plain_layout(model: nn.Module) -> Iterator[None]:
+    """
+    Lay the weights out row by row meanwhile: the converter reads their memory, not their strides.
+
+    A network that was trained channels last would otherwise come out as another one.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.contiguous()
+        yield
+    finally:
+        for tensor, data in zip(tensors, saved, strict=True):
+            tensor.data = data
 
 
 def _check_contract(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]:
