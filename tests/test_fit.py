@@ -3,13 +3,10 @@
 import io
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
@@ -17,146 +14,20 @@ from torch import nn  # noqa: E402
 
 from edgeexit.errors import BadFile, Unsupported, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
-from edgeexit.host.feed import TrainingSet, split_holdout  # noqa: E402
-from edgeexit.host.fit import Fit, Influence, Material, Step, holdout_accuracies  # noqa: E402
-from edgeexit.host.graph import analyse  # noqa: E402
-from edgeexit.host.losses import equilibrium, exit_loss, ramped  # noqa: E402
-from edgeexit.host.model import attach, exit_outputs  # noqa: E402
+from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies  # noqa: E402
+from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.needs import needs  # noqa: E402
 from edgeexit.host.recipe import Augmentation, TrainingPart  # noqa: E402
-from edgeexit.host.regimes import REGIMES, plan  # noqa: E402
+from edgeexit.host.regimes import REGIMES  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
-from tests.host_nets import ConvNet  # noqa: E402
+from tests.fit_nets import NETS, PART, DropoutHead, Plain, bits, changed, made, material  # noqa: E402
 
 pytestmark = pytest.mark.host
-
-GRAY = Preprocess(
-    kind="image", size=(8, 8), color="gray", scale=1 / 255, mean=(0.5,), std=(0.25,), layout="nchw"
-)
-PART = TrainingPart(epochs=2, learning_rate=0.05, batch=16, seed=3)
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def material(count: int = 80, holdout: int = 16, seed: int = 0) -> Material:
-    """Pictures of 8x8 whose class is their brightness."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, count)
-    pictures = labels[:, None, None, None] * 90 + random.integers(0, 60, (count, 8, 8, 1))
-    training, held = split_holdout(count, holdout, seed)
-    return Material(
-        data=TrainingSet(
-            samples=pictures.astype(np.uint8),
-            labels=labels.astype(np.int64),
-            class_names=("dark", "middle", "bright"),
-        ),
-        training=training,
-        holdout=held,
-        preprocess=GRAY,
-        augmentation=Augmentation(shift=1),
-    )
-
-
-def zoo_net() -> nn.Module:
-    """Three exits, the first one's head with a convolution and batch norm of its own."""
-    return zoo.resnet(
-        channels=1,
-        classes=3,
-        size=[8, 8],
-        stem=[4],
-        widths=[4, 8],
-        blocks=[1, 1],
-        exits=[0, 1],
-        heads=[[4], []],
-    )
-
-
-class Plain(nn.Module):
-    """One exit; with dropout, so that a training draws from torch's generator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU())
-        self.drop, self.linear = nn.Dropout(0.2), nn.Linear(4, 3)
-
-    def forward(self, x: Any) -> Any:
-        return self.linear(self.drop(self.second(self.first(x)).mean((2, 3))))
-
-
-def attached() -> nn.Module:
-    return attach(Plain(), ["first"], input_shape=(1, 1, 8, 8))
-
-
-class DropoutHead(nn.Module):
-    """A head that begins with dropout and holds a batch norm without weights."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Linear(64, 6)
-        self.head = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(6, affine=False), nn.Linear(6, 3))
-        self.unused = nn.Linear(2, 2)
-        self.final = nn.Linear(6, 3)
-
-    def forward(self, x: Any) -> list[Any]:
-        features = torch.relu(self.body(x.flatten(1)))
-        return [self.head(features), self.final(features)]
-
-
-NETS: dict[str, Callable[[], nn.Module]] = {
-    "zoo": zoo_net,
-    "attached": attached,
-    "foreign": lambda: ConvNet(3),
-    "dropout": DropoutHead,
-}
-
-
-def made(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    return NETS[name]()
-
-
-def bits(model: nn.Module) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in model.state_dict().items()}
-
-
-def changed(model: nn.Module, before: dict[str, bytes]) -> set[str]:
-    return {name for name, value in bits(model).items() if value != before[name]}
-
-
-# ---------------------------------------------------------------- what an exit needs
-
-
-@pytest.mark.parametrize("name", ["zoo", "attached", "foreign"])
-def test_early_heads_are_those_of_the_graph(name: str) -> None:
-    model = made(name)
-
-    found = needs(model, torch.zeros(1, 1, 8, 8)).head_modules()
-
-    heads = analyse(model, (1, 1, 8, 8)).heads
-    kinds = nn.Conv2d | nn.Linear
-    layers = {n for n in found if isinstance(model.get_submodule(n), kinds)}
-    assert layers == {layer for exit in list(heads)[:-1] for layer in heads[exit]}
-
-
-def test_looking_at_a_network_leaves_it_as_it_was() -> None:
-    model = made("dropout")
-    model.train()
-    model.final.bias.requires_grad_(False)
-    before = bits(model)
-
-    found = needs(model, torch.zeros(1, 1, 8, 8))
-
-    assert not changed(model, before)
-    assert model.training
-    assert model.head[0].training
-    assert not model.final.bias.requires_grad
-    assert found.parameters["body.weight"] == {"exit0", "exit1"}
-    assert found.parameters["unused.weight"] == frozenset()
-    assert {"head", "head.0", "head.1", "head.2"} == found.head_modules()
 
 
 # ---------------------------------------------------------------- regimes
@@ -226,28 +97,6 @@ def test_the_first_phase_of_mixed_is_judged_by_the_final_exit() -> None:
         final = list(step.accuracies.values())[-1]
         assert step.is_best == (final > best)
         best = max(best, final)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    epochs=st.integers(0, 200),
-    shares=st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any),
-)
-def test_the_phases_share_the_epochs(epochs: int, shares: list[int]) -> None:
-    part = replace(PART, regime="mixed", epochs=epochs, phase_shares=tuple(map(float, shares)))
-    used = [share for share in shares if share]
-    if 0 < epochs < len(used):
-        with pytest.raises(BadFile, match="phases"):
-            plan(part, "r")
-        return
-
-    counts = [count for _, count in plan(part, "r")]
-
-    assert sum(counts) == epochs
-    wanted = [epochs * share / sum(used) for share in used]
-    if epochs and min(wanted) >= 1:
-        assert all(abs(a - b) < 1 for a, b in zip(counts, wanted, strict=True))
-    assert all(count >= 1 for count in counts)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -325,130 +174,12 @@ def test_a_network_for_other_samples_is_refused() -> None:
 # ---------------------------------------------------------------- losses
 
 
-class Chain(nn.Module):
-    """N blocks in a row with a head after each, as the laws of gradient scaling assume."""
-
-    def __init__(self, exits: int, scaled: bool) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(exits))
-        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(exits))
-        self.scaled = scaled
-
-    def forward(self, x: Any) -> list[Any]:
-        logits, count = [], len(self.blocks)
-        for i, (block, head) in enumerate(zip(self.blocks, self.heads, strict=True)):
-            x = torch.tanh(block(x))
-            if self.scaled:
-                x = Scaled.apply(x, 1 / (count - i))
-            logits.append(head(x))
-            if self.scaled:
-                x = Scaled.apply(x, float(count - i - 1))
-        return logits
-
-
-class Scaled(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any, scale: float) -> Any:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:
-        return ctx.scale * gradient, None
-
-
-@settings(max_examples=20, deadline=None)
-@given(
-    exits=st.integers(1, 5),
-    seed=st.integers(0, 1000),
-    distillation=st.sampled_from([0.0, 0.5]),
-    data=st.data(),
-)
-def test_equilibrium_is_the_scaling_of_the_paper(
-    exits: int, seed: int, distillation: float, data: st.DataObject
-) -> None:
-    weights = data.draw(st.lists(st.floats(0.1, 2), min_size=exits, max_size=exits))
-    torch.manual_seed(seed)
-    ours, papers = Chain(exits, False), Chain(exits, True)
-    papers.load_state_dict(ours.state_dict())
-    inputs, labels = torch.randn(6, 4), torch.randint(0, 3, (6,))
-    part = replace(PART, distillation=distillation)
-
-    for model in (ours, papers):
-        exit_loss(model(inputs), labels, weights, part).backward()
-    equilibrium(ours, needs(ours, inputs).parameters)
-
-    for (name, one), other in zip(ours.named_parameters(), papers.parameters(), strict=True):
-        assert torch.allclose(one.grad, other.grad, rtol=1e-4, atol=1e-6), name
-
-
 def test_equilibrium_changes_what_fitting_learns() -> None:
     models = [made("zoo"), made("zoo")]
     for model, flag in zip(models, (False, True), strict=True):
         Fit(model, material(), replace(PART, equilibrium=flag), where="r").run()
 
     assert changed(models[0], bits(models[1]))
-
-
-@given(
-    weights=st.lists(st.floats(0, 10), min_size=1, max_size=5),
-    epochs=st.integers(1, 50),
-)
-def test_the_ramp_grows_to_the_weights_and_spares_the_final_exit(
-    weights: list[float], epochs: int
-) -> None:
-    rows = [ramped(weights, epoch, epochs) for epoch in range(1, epochs + 1)]
-
-    assert rows[-1] == weights
-    for earlier, later in pairwise(rows):
-        assert all(a <= b for a, b in zip(earlier, later, strict=True))
-        assert earlier[-1] == weights[-1]
-    assert all(a <= w for row in rows for a, w in zip(row, weights, strict=True))
-
-
-def test_the_ramp_is_the_one_of_the_paper() -> None:
-    # tau_max 0.15, 0.9 in epoch 3 of 10: 0.01 + 0.3 * tau_max.
-    assert ramped([0.15, 0.9, 1.0], 3, 10) == pytest.approx([0.055, 0.28, 1.0])
-
-
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), temperature=st.floats(0.5, 10))
-def test_distillation_is_at_rest_where_student_and_teacher_agree(
-    seed: int, temperature: float
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(5, 4, generator=generator)
-    student, teacher = (logits.clone().requires_grad_() for _ in range(2))
-    labels = torch.randint(0, 4, (5,), generator=generator)
-    part = replace(PART, distillation=1.0, distillation_temperature=temperature)
-
-    both = exit_loss([student, teacher], labels, [1.0, 1.0], part)
-    alone = exit_loss([student, teacher], labels, [1.0, 1.0], PART)
-    pulls = torch.autograd.grad(both - alone, [student, teacher], allow_unused=True)
-
-    assert torch.allclose(pulls[0], torch.zeros_like(logits), atol=1e-5)
-    assert float(torch.zeros(()) if pulls[1] is None else pulls[1].abs().max()) < 1e-6
-
-
-def test_a_temperature_keeps_the_size_of_the_pull() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(64, 10, requires_grad=True), torch.randn(64, 10)
-    labels = torch.zeros(64, dtype=torch.int64)
-    pulls = []
-    for temperature in (50.0, 100.0):
-        part = replace(PART, distillation=1.0, distillation_temperature=temperature)
-        loss = exit_loss([student, teacher], labels, [1.0, 1.0], part)
-        loss = loss - exit_loss([student, teacher], labels, [1.0, 1.0], PART)
-        pulls.append(torch.autograd.grad(loss, student)[0])
-
-    # Hinton et al. 2015, equation 4: in the limit (z - v) / classes for logits of mean zero.
-    centred = [t - t.mean(1, keepdim=True) for t in (student.detach(), teacher)]
-    limit = (centred[0] - centred[1]) / 10 / 64
-    far, near = (float((pull - limit).norm() / limit.norm()) for pull in pulls)
-    assert near < 0.02
-    assert far / near == pytest.approx(2, rel=0.1)
 
 
 def test_exits_of_weight_zero_learn_nothing() -> None:

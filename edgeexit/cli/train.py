@@ -1,14 +1,12 @@
 """`edgeexit train`: a recipe or a checkpoint goes in, a trained checkpoint comes out."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from edgeexit.cli import progress
-
-if TYPE_CHECKING:
-    from edgeexit.host.train import Step
+from edgeexit.cli import require_host
+from edgeexit.cli.fitting import Bars
 
 
 @click.command("train", short_help="train a multi-exit network, from a recipe or further")
@@ -71,9 +69,10 @@ def command(
     """
     import json
 
+    require_host("train")
     from edgeexit.host.train import Choices, train
 
-    display = _Display()
+    display = Bars()
     try:
         result = train(
             source, out, arch=arch, again=again, choices=Choices(**said), on_step=display
@@ -92,31 +91,3 @@ def command(
     click.echo(f"{result.path}: epoch {result.best_epoch} of {result.epochs}")
     for name, accuracy in result.accuracies.items():
         click.echo(f"  {name:<12} {100 * accuracy:6.2f} % of the held-out samples right")
-
-
-class _Display:
-    """One bar for each epoch, one line when it ends."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self.whole_epochs = 0
-
-    def __call__(self, step: "Step") -> None:
-        label = f"epoch {step.epoch}/{step.epochs} ({step.phase})"
-        if step.accuracies is not None:
-            self.close()
-            self.whole_epochs = step.epoch
-            figures = "  ".join(f"{k} {100 * v:.2f} %" for k, v in step.accuracies.items())
-            best = "  (best so far)" if step.is_best else ""
-            click.echo(f"{label}  {figures}{best}", err=True)
-            return
-        if self._bar is None:
-            self._bar = progress(length=step.batches, label=label, show_pos=True)
-            self._bar.__enter__()
-        self._bar.update(1)
-
-    def close(self) -> None:
-        """End the bar under way, if there is one."""
-        if self._bar is not None:
-            self._bar.__exit__(None, None, None)
-            self._bar = None

@@ -1,10 +1,9 @@
 """
 Training samples with their hold-out, and how to find them again.
 
-Callers see Material, gather (a recipe's samples) and material_of (a checkpoint's). Hidden here:
-what a checkpoint remembers of its samples. A network that is trained further, or pruned, is
-judged by the samples that were held out when it was made; drawing them anew would judge it
-by samples that it has learnt.
+Callers see Material, gather and Origin. Hidden here: what a checkpoint remembers of its samples.
+A network that is trained further, or pruned, is judged by the samples that were held out when it
+was made; drawing them anew would judge it by samples that it has learnt.
 """
 
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import Table
-from edgeexit.host.checkpoint import Checkpoint
 from edgeexit.host.feed import TrainingSet, recognised, split_holdout, to_input, training_samples
 from edgeexit.host.recipe import Augmentation, DataPart, augmentation_part
 from edgeexit.preprocess import Preprocess, real_values
@@ -125,21 +123,4 @@ def gather(
         holdout=holdout,
         seed=first,
         augmentation=moves,
-    )
-
-
-def material_of(
-    checkpoint: Checkpoint, where: str, data: DataPart | None = None
-) -> tuple[Material, Origin]:
-    """
-    The samples that *checkpoint*, read from *where*, was trained on, split as then.
-
-    *data* replaces what it says. UsageError if neither says where the samples are.
-    """
-    return gather(
-        replace(data or DataPart(), class_names=checkpoint.class_names),
-        None,
-        preprocess=checkpoint.preprocess,
-        input_shape=checkpoint.input_shape,
-        before=Origin.of(checkpoint.metadata, where),
     )

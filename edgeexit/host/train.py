@@ -32,7 +32,6 @@ from edgeexit.host.material import Origin, gather
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests
-from edgeexit.samples import find_set, is_set
 
 # 1: first format. 2: the state of a Fit, with its phases.
 STATE_FORMAT = 2
@@ -178,9 +177,7 @@ def _job_of_recipe(path: Path, arch: str | None) -> _Job:
     recipe = read_recipe(path)
     start: ModelPart | Checkpoint
     if isinstance(recipe.model, Path):
-        start = load_checkpoint(
-            recipe.model, arch=arch, purpose=_purpose(recipe.data.calibration_set)
-        )
+        start = _loaded(recipe.model, arch, recipe.data.calibration_set)
         digest = digest_of((recipe.digest + start.digest).encode())
         data = replace(recipe.data, class_names=start.class_names)
     else:
@@ -195,11 +192,17 @@ def _job_of_recipe(path: Path, arch: str | None) -> _Job:
     )
 
 
+def _loaded(path: Path, arch: str | None, calibration: str | None) -> Checkpoint:
+    """The checkpoint at *path*; the set *calibration* says what a plain state_dict is for."""
+    purpose = None if calibration is None else Purpose.of_set(calibration)
+    return load_checkpoint(path, arch=arch, purpose=purpose)
+
+
 def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
     regime = choices.regime or "joint"
     training = choose(regime, FROM_CHECKPOINT, "training regime")
     said = {key: value for key, value in asdict(choices).items() if value is not None}
-    start = load_checkpoint(path, arch=arch, purpose=_purpose(choices.calibration))
+    start = _loaded(path, arch, choices.calibration)
     digest = digest_of(json_bytes({"checkpoint": start.digest, "regime": regime, "said": said}))
     numbers = ("epochs", "learning_rate", "batch", "seed")
     training = replace(training, **{key: said[key] for key in numbers if key in said})
@@ -216,22 +219,6 @@ def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
         ),
         augmentation=replace(before, **{k: said[k] for k in ("flip", "shift") if k in said}),
         training=training,
-    )
-
-
-def _purpose(calibration: str | None) -> Purpose | None:
-    """What a set says about the network that it is for: all that a plain state_dict lacks."""
-    if calibration is None or not is_set(calibration):
-        return None
-    owner = find_set(calibration)
-    shape = None
-    if owner.preprocess.kind == "array":
-        shape = (1, *owner.split("ranges").samples.shape[1:])
-    return Purpose(
-        class_names=owner.class_names,
-        preprocess=owner.preprocess,
-        input_shape=shape,
-        calibration_set=calibration,
     )
 
 
