@@ -72,7 +72,7 @@ def gated(model: nn.Module, graph: Graph, gates: Gates) -> Iterator[None]:
                 per_sample = gate.ndim == 2
                 factors = torch.ones(
                     x.shape[0] if per_sample else 1, x.shape[axis], dtype=x.dtype
-                ).index_copy(1, positions.flatten(), _repeated(gate, positions))
+                ).index_copy(1, positions.flatten(), _repeated(gate, positions).to(x.dtype))
                 shape = [factors.shape[0]] + [1] * (x.ndim - 1)
                 shape[axis] = x.shape[axis]
                 x = x * factors.reshape(shape)
