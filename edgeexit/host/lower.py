@@ -72,9 +72,10 @@ def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Prepr
 @contextmanager
 def _plain_layout(model: nn.Module) -> Iterator[None]:
     """
-    Lay the weights out row by row meanwhile: the converter reads their memory, not their strides.
+    Lay the weights out row by row meanwhile: after training channels last they are not.
 
-    A network that was trained channels last would otherwise come out as another one.
+    The converter knows a constant by its address. Of weights in another layout it makes copies
+    and frees them, so the next one of that shape may have the same address and be taken for it.
     """
     tensors = [*model.parameters(), *model.buffers()]
     saved = [tensor.data for tensor in tensors]
