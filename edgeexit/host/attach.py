@@ -96,8 +96,7 @@ def tap_points(model: nn.Module, input_shape: Sequence[int]) -> list[Tap]:
     names = _main_path(model, tuple(input_shape))
     if not names:
         return []
-    single = _Single(model)
-    exits = attach(single, [f"model.{name}" for name in names], input_shape=input_shape).eval()
+    exits = _trial(model, names, input_shape)
     costs, total = _costs(exits, input_shape)
     with torch.no_grad():
         _, values = tapped(model, names, torch.zeros(tuple(input_shape)))
@@ -119,6 +118,13 @@ class _Single(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return list(exit_outputs(self.model, x).values())[-1]
+
+
+def _trial(model: nn.Module, at: Sequence[str], input_shape: Sequence[int]) -> Attached:
+    """*model* with the cheapest heads behind the modules *at*, and no other exits."""
+    with torch.random.fork_rng(devices=[]):
+        names = [f"model.{name}" for name in at]
+        return attach(_Single(model), names, input_shape=input_shape).eval()
 
 
 def _costs(model: Attached, input_shape: Sequence[int]) -> tuple[list[int], int]:
@@ -343,8 +349,7 @@ def list_taps(
     if not taps:
         raise Unsupported(f"{path}: no exit makes sense: all paths meet only behind the last layer")
     some = choose_taps(taps, min(len(taps), MOST_MEASURED))
-    names = [f"model.{tap.name}" for tap in some]
-    model = attach(_Single(checkpoint.model), names, input_shape=checkpoint.input_shape)
+    model = _trial(checkpoint.model, [tap.name for tap in some], checkpoint.input_shape)
     step("find places", 1.0)
     by_exit = _latencies(model, checkpoint, step) if is_measured else {}
     latencies = {tap.name: by_exit.get(f"exit{k}") for k, tap in enumerate(some)}
