@@ -6,7 +6,8 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -416,27 +417,31 @@ train(Path({str(recipe)!r}), Path({str(killed)!r}), on_step=kill)
     assert killed.read_bytes() == whole.read_bytes()
 
 
-def test_a_loss_that_diverges_leaves_the_last_whole_epoch(tmp_path: Path) -> None:
-    recipe = recipe_in(tmp_path)
-    seen: list[Step] = []
-
-    def spoil(step: Step) -> None:
-        seen.append(step)
-        if step.epoch == 2:
-            for group in spoilt[0].optimizer.param_groups:
-                group["lr"] = 1e30
-
-    spoilt: list[Fit] = []
+@contextmanager
+def noting_fits() -> Iterator[list[Fit]]:
+    """Every Fit that is made meanwhile."""
+    found: list[Fit] = []
     plain = Fit.__init__
 
     def noted(self: Fit, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
-        spoilt.append(self)
+        found.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Fit, "__init__", noted)
-        with pytest.raises(UsageError, match=r"in epoch 2") as caught:
-            train(recipe, on_step=spoil)
+        yield found
+
+
+def test_a_loss_that_diverges_leaves_the_last_whole_epoch(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+
+    def spoil(step: Step) -> None:
+        if step.epoch == 2:
+            for group in fits[0].optimizer.param_groups:
+                group["lr"] = 1e30
+
+    with noting_fits() as fits, pytest.raises(UsageError, match=r"in epoch 2") as caught:
+        train(recipe, on_step=spoil)
 
     assert caught.value.hint is not None
     assert not (tmp_path / "tiny.pt").exists()
@@ -536,14 +541,22 @@ def test_attached_exits_are_trained_and_survive(tmp_path: Path) -> None:
     )
     write_idx(tmp_path / "data")
     choices = Choices(regime="frozen", data=str(tmp_path / "data"), epochs=3, batch=16)
+    inits: list[str] = []
 
-    result = train(tmp_path / "with.pt", choices=choices)
+    def noted(step: Step) -> None:
+        inits.append(fits[-1].part.head_init)
+
+    with noting_fits() as fits:
+        result = train(tmp_path / "with.pt", choices=choices, on_step=noted)
+        assert set(inits) == {"class-means"}
+        train(result.path, choices=replace(choices, epochs=1))
 
     found = load_checkpoint(result.path)
     assert found.attached == {"at": ["blocks.0"], "head": "average", "widths": [[]]}
     assert found.metadata["data"]["holdout"] == 12
     for name, value in plain.state_dict().items():
         assert torch.equal(found.model.state_dict()[f"backbone.{name}"], value)
+    assert fits[-1].part.head_init == "random"
 
 
 def test_an_interrupted_training_of_a_checkpoint_goes_on_to_the_same_bytes(tmp_path: Path) -> None:

@@ -417,11 +417,16 @@ def _as_they_are(fit: Fit) -> None:
 def _class_means(fit: Fit) -> None:
     from edgeexit.host.heads import init_from_class_means
 
-    order = np.random.default_rng([fit.part.seed, 2]).permutation(fit.material.training)
-    chosen = order[:MEANS_SAMPLES]
+    material, random = fit.material, np.random.default_rng([fit.part.seed, 2])
+    order = random.permutation(material.training)
+    labels = material.data.labels[order]
+    # As many of each class: a rare one must not be missed.
+    each = -(-MEANS_SAMPLES // len(material.data.class_names))
+    kept = [order[labels == label][:each] for label in np.unique(labels)]
+    chosen = random.permutation(np.concatenate(kept))
     parts = [chosen[k : k + MEANS_BATCH] for k in range(0, len(chosen), MEANS_BATCH)]
     batches = [
-        (fit.material.inputs(part).to(fit.device), fit.material.labels(part).to(fit.device))
+        (material.inputs(part).to(fit.device), material.labels(part).to(fit.device))
         for part in parts
     ]
     init_from_class_means(fit.model, fit.exits[:-1], batches)

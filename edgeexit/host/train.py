@@ -83,8 +83,9 @@ class Choices:
 
 # What a checkpoint is trained with unless told otherwise. Heads alone learn fast and cannot
 # spoil the backbone; what moves a trained backbone starts lower than a recipe from scratch.
+# Attached heads that were never trained start at their class means.
 FROM_CHECKPOINT: dict[str, TrainingPart] = {
-    "frozen": TrainingPart(regime="frozen", epochs=10, learning_rate=0.1, weight_decay=1e-4),
+    "frozen": TrainingPart(regime="frozen", epochs=10, learning_rate=0.2, weight_decay=1e-4),
     "joint": TrainingPart(
         regime="joint",
         epochs=20,
@@ -171,6 +172,7 @@ class _Job:
     data: DataPart
     augmentation: Augmentation | None
     training: TrainingPart
+    has_fresh_heads: bool = False
 
 
 def _job_of_recipe(path: Path, arch: str | None) -> _Job:
@@ -207,6 +209,7 @@ def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
     numbers = ("epochs", "learning_rate", "batch", "seed")
     training = replace(training, **{key: said[key] for key in numbers if key in said})
     before = Origin.of(start.metadata, str(path)).augmentation or Augmentation()
+    judged = start.metadata.get("holdout_accuracies")
     return _Job(
         where=str(path),
         digest=digest,
@@ -219,6 +222,9 @@ def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
         ),
         augmentation=replace(before, **{k: said[k] for k in ("flip", "shift") if k in said}),
         training=training,
+        # attach takes the record of the plain network away.
+        has_fresh_heads=start.attached is not None
+        and not (isinstance(judged, dict) and set(start.exits) <= set(judged)),
     )
 
 
@@ -232,13 +238,16 @@ def _finished(out: Path, job: _Job, arch: str | None) -> Training | None:
             f"{out}: is there already and was not made by this recipe",
             hint="name another file with -o, or replace it with --again",
         )
-    return Training(
-        path=out,
-        accuracies=dict(metadata["holdout_accuracies"]),
-        best_epoch=int(metadata["best_epoch"]),
-        epochs=int(metadata["epochs"]),
-        was_done=True,
-    )
+    try:
+        return Training(
+            path=out,
+            accuracies=dict(metadata["holdout_accuracies"]),
+            best_epoch=int(metadata["best_epoch"]),
+            epochs=int(metadata["epochs"]),
+            was_done=True,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadFile(f"{out}: metadata is damaged ({type(error).__name__})") from error
 
 
 class _Session:
@@ -262,7 +271,11 @@ class _Session:
             model = build_network(start.arch, start.kwargs, f"{job.where}: model", arch=arch)
             if start.initial_weights is not None:
                 _take_weights(model, start.initial_weights, job.where, arch)
-        self.fit = Fit(model, self.material, job.training, where=job.where)
+        part = job.training
+        labels = self.material.data.labels[self.material.training]
+        if job.has_fresh_heads and len(set(labels)) == len(self.material.data.class_names):
+            part = replace(part, head_init="class-means")
+        self.fit = Fit(model, self.material, part, where=job.where)
 
     def state_bytes(self) -> bytes:
         """Everything that the next epoch needs, as the bytes of the state file."""
