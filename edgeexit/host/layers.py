@@ -59,16 +59,40 @@ class ExitHead(nn.Module):
         return logits
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut (He et al. 2016, projection where shapes change)."""
+class Projection(ConvUnit):
+    """He et al. 2016, option B: a 1x1 convolution makes the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__(inputs, outputs, 1, stride=stride, activation=None)
+
+
+class Padding(nn.Module):
+    """He et al. 2016, option A: every stride-th place, and zeros for the channels that lack."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.before = stride, (outputs - inputs) // 2
+        self.after = outputs - inputs - self.before
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """A map of fewer places and more channels."""
+        x = x[:, :, :: self.stride, :: self.stride]
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, self.before, self.after))
+
+
+SHORTCUTS: dict[str, Callable[[int, int, int], nn.Module]] = {"A": Padding, "B": Projection}
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut; where shapes change it is one of SHORTCUTS."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: str = "B") -> None:
         super().__init__()
         self.first = ConvUnit(inputs, outputs, stride=stride)
         self.second = ConvUnit(outputs, outputs, activation=None)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = ConvUnit(inputs, outputs, 1, stride=stride, activation=None)
+            self.shortcut = SHORTCUTS[shortcut](inputs, outputs, stride)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The block's map for the map *x*."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from edgeexit.errors import Unsupported
 from edgeexit.host.layers import (
+    SHORTCUTS,
     ConvUnit,
     ExitHead,
     InvertedResidual,
@@ -60,6 +61,7 @@ def resnet(
     blocks: Sequence[int] | None = None,
     exits: Sequence[int] | None = None,
     heads: Sequence[Sequence[int]] | None = None,
+    shortcut: str = "B",
 ) -> nn.Module:
     """
     CIFAR-style ResNet on (N, channels, *size): *depth* = 6n + 2 gives n blocks a stage.
@@ -68,8 +70,10 @@ def resnet(
     map; *blocks* counts each stage's blocks in place of *depth*; *exits* are the early
     exits, each after that many blocks (0: after the stem; default: where a stage ends);
     *heads* gives each early exit its head's stride-2 convolutions (default none: averaged
-    over all places).
+    over all places). *shortcut* is "A" (padding) or "B" (projection) where shapes change.
     """
+    if shortcut not in SHORTCUTS:
+        raise Unsupported(f"shortcut: found {shortcut!r}, expected one of {', '.join(SHORTCUTS)}")
     if blocks is None:
         if depth < 8 or (depth - 2) % 6:
             raise Unsupported(f"depth: found {depth}, expected 6n + 2 (8, 20, 32, 44, 56)")
@@ -107,7 +111,7 @@ def resnet(
             stride = 2 if stage and k == 0 else 1
             if stride == 2:
                 height, width = -(-height // 2), -(-width // 2)
-            row.append(ResidualBlock(inputs, outputs, stride))
+            row.append(ResidualBlock(inputs, outputs, stride, shortcut))
             inputs = outputs
             if len(row) in wanted:
                 made[len(row)] = ExitHead(inputs, (height, width), classes, wanted[len(row)])

@@ -33,10 +33,13 @@ from edgeexit.host.needs import needs
 from edgeexit.host.prune import states
 from edgeexit.host.prune.allocators import ALLOCATORS, Bill, removable
 from edgeexit.host.prune.composition import Composition
-from edgeexit.host.prune.criteria import CRITERIA, effective_rank
+from edgeexit.host.prune.criteria import CRITERIA
 from edgeexit.host.prune.evidence import EntryScores, Evidence
 from edgeexit.host.prune.masks import Masks, compressed_bytes, iterate, pool
+from edgeexit.host.prune.phase import Facts
+from edgeexit.host.prune.phases import PHASES
 from edgeexit.host.prune.recipe import PruneRecipe
+from edgeexit.host.prune.saliency import effective_rank
 from edgeexit.host.prune.schedules import StructureStability, planned
 from edgeexit.host.prune.selectors import SELECTORS, Child, equalise, filters_of
 from edgeexit.host.prune.similarity import exits_cka
@@ -221,6 +224,9 @@ class _Work:
         self.fit_state: dict[str, Any] | None = None
         self.history: list[dict[str, Any]] = []
         self.masks: dict[str, torch.Tensor] = {}
+        self.units: dict[str, list[int]] = {}  # what a phase under way prepares to remove
+        self.scores: dict[str, NDArray[np.float64]] = {}  # of units, from the phase that ended
+        self.distances: dict[str, float] = {}  # of blocks from identity, once a phase has told
         self.table: LatencyTable | None = None
         self.start_cost = 0.0
         self.before: dict[str, Any] = {}
@@ -261,8 +267,13 @@ class _Work:
         while self.pending is not None or self.step < len(steps):
             if self.pending is None:
                 self._say("score")
-                self._cut(stage, steps[self.step])
-                self.pending = "fine-tune"
+                if self.plan.phase is not None and self.step == 0:
+                    self._begin_phase(stage, steps[0] * self.start_cost)
+                else:
+                    self._cut(stage, steps[self.step])
+                self._save_state()
+            if self.pending == "phase":
+                self._run_phase(stage, steps[0])
                 self._save_state()
             if self.recipe.finetune is not None:
                 part = stage.training(self.recipe.finetune)
@@ -392,6 +403,7 @@ class _Work:
             if self.plan.linearise:
                 row |= self._linearise()
         self.history.append(row)
+        self.pending = "fine-tune"
 
     def _operate(self, model: nn.Module, chosen: Mapping[str, NDArray[np.int64]]) -> surgery.Entry:
         entry = surgery.remove_units(model, self.graph, chosen)
@@ -473,10 +485,8 @@ class _Work:
         if self.plan.stability and self.step == 0:
             self._await_stability(stage, goal)
             evidence = self._evidence()
-        scores = criterion.units(evidence)
+        scores = self.scores or criterion.units(evidence)
         chosen = self._chosen(stage, goal, scores)
-        if self.plan.phase is not None:
-            chosen = self._run_phase(stage, goal, chosen)
         gone = sum(len(units) * len(self.graph.groups[n].producers) for n, units in chosen.items())
         entry = self._operate(self.model, chosen)
         self._accept(self.model, [entry])
@@ -530,16 +540,16 @@ class _Work:
         criterion = CRITERIA[self.plan.block_criterion]
         assert criterion.blocks is not None
         layers = self._layers(stage) - set(self.plan.protect)
-        scores = criterion.blocks(self._evidence())
+        scores = self.distances or criterion.blocks(self._evidence())
         return {
             name: score
             for name, score in scores.items()
-            if set(self.graph.blocks[name].layers) <= layers and not self.graph.blocks[name].merges
+            if name in self.graph.blocks
+            and set(self.graph.blocks[name].layers) <= layers
+            and not self.graph.blocks[name].merges
         }
 
     def _cut_block(self, stage: Stage, share: float) -> dict[str, Any]:
-        if self.plan.phase is not None and self.step == 0:
-            self._run_phase(stage, share * self.start_cost, {})
         scores = self._block_scores(stage)
         if not scores:
             raise self._no_block(stage)
@@ -582,7 +592,10 @@ class _Work:
             raise self._no_block(stage)
         rates = self._exit_rates(evidence)
         similar = [
-            Child(kind=kind, similarity=exits_cka(self.model, child, self.graph, evidence.batches, rates))
+            Child(
+                kind=kind,
+                similarity=exits_cka(self.model, child, self.graph, evidence.batches, rates),
+            )
             for kind, (child, _, _) in children.items()
         ]
         kind = SELECTORS[self.plan.selector].choose(similar).kind
@@ -622,18 +635,49 @@ class _Work:
                 break
         self.model.eval()
 
-    def _run_phase(
-        self, stage: Stage, goal: float, chosen: dict[str, NDArray[np.int64]]
-    ) -> dict[str, NDArray[np.int64]]:
-        """Train under the composition's phase; the units to remove may be the phase's choice."""
-        part = self.recipe.finetune
-        assert self.plan.phase is not None
-        if part is None:
+    def _begin_phase(self, stage: Stage, goal: float) -> None:
+        """Choose what the phase shall prepare for removal, if it is told units at all."""
+        if self.recipe.finetune is None:
             raise UsageError(
                 f"{self.recipe.where}: phase {self.plan.phase} needs a training",
                 hint="say --epochs, or give the recipe a [finetune] table",
             )
-        return chosen
+        if self.plan.selector == "filters":
+            criterion = CRITERIA[self.plan.criterion]
+            assert criterion.units is not None
+            chosen = self._chosen(stage, goal, criterion.units(self._evidence()))
+            self.units = {name: units.tolist() for name, units in chosen.items()}
+        self.pending = "phase"
+
+    def _run_phase(self, stage: Stage, share: float) -> None:
+        """Train under the phase, then remove what it has made of units or blocks."""
+        assert self.plan.phase is not None
+        assert self.recipe.finetune is not None
+        part = replace(stage.training(self.recipe.finetune), epochs=self.plan.phase_epochs)
+        facts = Facts(
+            model=self.model,
+            graph=self.graph,
+            units={name: np.array(units) for name, units in self.units.items()} or None,
+            iterations=part.epochs * (len(self.material.training) // part.batch),
+            seed=self.seed,
+            options=self.plan.phase_options,
+        )
+        phase = PHASES[self.plan.phase](facts)
+        try:
+            self._train(part, "phase", phase)
+            self.distances = phase.distances()
+            # What a phase did not look at stays: it scores above everything else.
+            found = phase.scores()
+            top = max((float(one.max()) for one in found.values()), default=0.0) + 1.0
+            self.scores = {
+                name: found.get(name, np.full(group.size, top))
+                for name, group in self.graph.groups.items()
+                if found
+            }
+        finally:
+            phase.close()
+        self._cut(stage, share)
+        self.units, self.scores = {}, {}
 
     # -- single weights
 
@@ -725,6 +769,8 @@ class _Work:
                 "history": self.history,
                 "surgery": self.entries,
                 "masks": self.masks,
+                "units": self.units,
+                "distances": self.distances,
                 "table": None if self.table is None else self.table.to_document(),
                 "model": self.model.state_dict(),
                 "fit": self.fit_state,
@@ -760,6 +806,7 @@ class _Work:
             self.pending, self.fit_state = state["pending"], state["fit"]
             self.start_cost, self.before = float(state["start_cost"]), dict(state["before"])
             self.history, self.masks = list(state["history"]), dict(state["masks"])
+            self.units, self.distances = dict(state["units"]), dict(state["distances"])
             if state["table"] is not None:
                 self.table = LatencyTable.from_document(state["table"], str(path))
             self.graph = analyse(self.model, self.checkpoint.input_shape)
