@@ -155,7 +155,7 @@ def test_the_learning_rate_never_leaves_its_range(warmup: float, batches: int) -
         (replace(PART, head_init="zeros"), UsageError, "exit heads"),
         (replace(PART, exit_weights=(1.0, 1.0)), BadFile, "the network has 3 exits"),
         (replace(PART, phase_shares=(1.0, 1.0)), BadFile, "has 1 phases: all"),
-        (replace(PART, batch=65), UsageError, "fewer training samples"),
+        (replace(PART, batch=65), UsageError, "training.batch: found 65, but there are 64"),
     ],
 )
 def test_a_part_that_does_not_fit_is_refused(

@@ -8,6 +8,7 @@ from torch import nn  # noqa: E402
 
 from edgeexit.host.graph import analyse  # noqa: E402
 from edgeexit.host.needs import needs  # noqa: E402
+from edgeexit.host.zoo import ZOO  # noqa: E402
 from tests.fit_nets import bits, changed, made  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -40,3 +41,37 @@ def test_looking_at_a_network_leaves_it_as_it_was() -> None:
     assert found.parameters["body.weight"] == {"exit0", "exit1"}
     assert found.parameters["unused.weight"] == frozenset()
     assert {"head", "head.0", "head.1", "head.2"} == found.head_modules()
+
+
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet", "vit", "dscnn", "conv1d"])
+def test_the_heads_of_every_kind_of_zoo_net_are_found(name: str) -> None:
+    model = ZOO[name]()
+
+    found = needs(model, torch.zeros(ZOO[name].input_shape))
+
+    last = list(model.heads)[-1]
+    names = {n for n, _ in model.named_parameters()}
+    wanted = {n for n in names if n.startswith("heads.") and not n.startswith(f"heads.{last}.")}
+    assert wanted
+    assert found.head_parameters() == wanted
+    # In a row of blocks, whatever an exit needs, all later ones need too.
+    for part in names - {n for n in names if n.startswith("heads.")}:
+        exits = found.parameters[part]
+        assert exits == set(found.exits[found.exits.index(min(exits)) :])
+
+
+def test_a_head_on_a_detached_map_leaves_the_backbone_to_others() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            x = self.first(x)
+            return [self.heads[0](x.detach()), self.heads[1](self.second(x))]
+
+    found = needs(Detached(), torch.zeros(1, 4))
+
+    assert found.parameters["first.weight"] == {"exit1"}
+    assert found.head_parameters() == {"heads.0.weight", "heads.0.bias"}

@@ -668,7 +668,7 @@ def test_calibration_sets_are_not_trained_on(tmp_path: Path) -> None:
         (["--regime", "frosen"], "did you mean 'frozen'"),
         (["--data", "nowhere"], "no such file or folder"),
         (["--calibration", "fashon-mnist"], "calibration set named"),
-        (["--batch", "200"], "fewer training samples"),
+        (["--batch", "200"], "but there are 90 training samples"),
         (["--holdout", "120"], "cannot hold out 120"),
     ],
 )

@@ -128,7 +128,10 @@ class Fit:
             )
         self.batches = len(material.training) // part.batch
         if not self.batches:
-            raise UsageError(f"{where}: training.batch: fewer training samples than that")
+            raise UsageError(
+                f"{where}: training.batch: found {part.batch}, but there are "
+                f"{len(material.training)} training samples"
+            )
         self.plan = plan(part, where)
         choose(part.head_init, HEAD_INITS, "way to start exit heads")
         self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
