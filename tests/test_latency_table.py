@@ -24,6 +24,7 @@ from edgeexit.host.latency_table import (  # noqa: E402
 )
 from edgeexit.host.one_layer import Shape, one_layer  # noqa: E402
 from edgeexit.interpreter import open_interpreter  # noqa: E402
+from edgeexit.tflite import read_model  # noqa: E402
 
 pytestmark = pytest.mark.host
 
@@ -132,6 +133,17 @@ def test_one_disturbed_block_changes_nothing() -> None:
     assert np.array_equal(noisy.grid_ms(0.0), quiet.grid_ms(0.0))
 
 
+def test_a_slow_spell_and_disturbed_blocks_do_not_add_up() -> None:
+    # Two of five rounds ran at half speed; of the last width two other blocks were disturbed.
+    rounds = [[100.0, 100.0, 100.0 * (3 if k < 2 else 1)] for k in range(5)]
+    rounds = [[2 * value for value in row] if k > 2 else row for k, row in enumerate(rounds)]
+    times = ShapeTimes(
+        shape=CONV, inputs=(8,), outputs=(8, 16, 24), rounds_ns=tuple(map(tuple, rounds))
+    )
+
+    assert times.grid_ms(0.0) * 1e6 == pytest.approx(np.full((1, 3), 100.0))
+
+
 # ---------------------------------------------------------------- the file
 
 
@@ -215,7 +227,8 @@ def test_a_damaged_table_is_refused(
 def test_one_layer_is_what_was_asked_for_and_runs(
     shape: Shape, inputs: int, outputs: int, expected: tuple[tuple[int, ...], ...]
 ) -> None:
-    network = open_interpreter(one_layer(shape, inputs, outputs))
+    data = one_layer(shape, inputs, outputs)
+    network = open_interpreter(data)
     (x,), (y,) = network.inputs.values(), network.outputs.values()
     x[...] = np.random.default_rng(0).integers(-128, 128, x.shape)
 
@@ -224,6 +237,9 @@ def test_one_layer_is_what_was_asked_for_and_runs(
     assert (x.shape, y.shape) == expected
     assert x.dtype == y.dtype == np.int8
     assert len(np.unique(y)) > 5
+    (weights,) = (t.shape for t in read_model(data, "it").tensors if t.name == "weights")
+    fan_in = inputs if shape.kind != "depthwise" else 1
+    assert np.prod(weights) == outputs * fan_in // shape.groups * np.prod(shape.kernel)
 
 
 # ---------------------------------------------------------------- measuring
