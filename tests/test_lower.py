@@ -81,6 +81,38 @@ def test_a_plain_backbone_with_attached_exits_is_lowered_as_it_answers() -> None
     assert max(errors.values()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("is_positive", "pool"),
+    [
+        (True, {"stride": 2}),
+        (False, {"stride": 2}),
+        (False, {"stride": 3, "ceil_mode": True, "padding": (0, 1)}),
+    ],
+)
+def test_padded_maximum_pooling_is_lowered_without_infinities(is_positive: bool, pool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, 1, 1),
+        torch.nn.ReLU() if is_positive else torch.nn.Identity(),
+        torch.nn.MaxPool2d(3, **{"padding": 1, **pool}),
+        torch.nn.Flatten(),
+        torch.nn.LazyLinear(5),
+    )
+    if not is_positive:
+        model[0].bias.data -= 3  # all below zero: a padded zero would win everywhere
+    reals = answers.RealSamples(host_nets.pictures(60), host_nets.GRAY)
+    model = host_nets.settled(model, reals)
+
+    found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
+
+    expected = answers.torch_logits(model, reals)
+    answers.check_parity(expected, answers.tflite_logits(found.data, found.exits, reals), reals)
+    tensors = tflite.read_model(found.data).tensors
+    kept = [t.constant for t in tensors if t.constant is not None and t.dtype == "float32"]
+    assert len(kept) >= 4
+    assert all(np.isfinite(data.view(np.float32)).all() for data in kept)
+
+
 def test_maps_stay_channels_last_and_pooling_costs_no_transposition(lowered) -> None:
     model = tflite.read_model(lowered.data)
 

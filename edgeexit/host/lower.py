@@ -4,8 +4,9 @@ Turn a multi-exit torch network into one float .tflite that holds all of its exi
 Callers see from_torch and Lowered. Hidden here: how the converter's outputs find back to the
 exits they came from, and that its long tensor names (with Python class paths in them) are
 replaced by short ones that depend on nothing but the graph. The surprise: a plain
-`x.mean((2, 3))` would cost a transposition at every exit; the traced graph is rewritten first
-so that pooling keeps its axes and the maps stay channels-last.
+`x.mean((2, 3))` would cost a transposition at every exit, and padded maximum pooling would bring
+an infinity that has no int8; the traced graph is rewritten first, so that pooling keeps its axes,
+the maps stay channels-last, and all padding is numbers.
 """
 
 import inspect
@@ -13,6 +14,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +32,24 @@ _POOLS = frozenset(
         torch.ops.aten.sum.dim_IntList,
         torch.ops.aten.amax.default,
         torch.ops.aten.amin.default,
+    }
+)
+
+
+_POSITIVE = frozenset(
+    {
+        torch.ops.aten.relu.default,
+        torch.ops.aten.relu_.default,
+        torch.ops.aten.relu6.default,
+        torch.ops.aten.sigmoid.default,
+    }
+)
+_CLAMPS = frozenset(
+    {
+        torch.ops.aten.hardtanh.default,
+        torch.ops.aten.hardtanh_.default,
+        torch.ops.aten.clamp.default,
+        torch.ops.aten.clamp_.default,
     }
 )
 
@@ -143,6 +163,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
             hint="forward must not branch on values, only on shapes",
         ) from error
     _keep_pooled_axes(program.graph)
+    _pad_with_numbers(program.graph)
     program.graph_module.recompile()
     traced: nn.Module = program.module(check_guards=False)
     return traced
@@ -166,6 +187,46 @@ def _keep_pooled_axes(graph: torch.fx.Graph) -> None:
         with graph.inserting_after(node):
             squeezed = graph.call_function(torch.ops.aten.squeeze.dims, (node, pooled))
         node.replace_all_uses_with(squeezed, delete_user_cb=lambda user, own=squeezed: user != own)
+
+
+def _pad_with_numbers(graph: torch.fx.Graph) -> None:
+    # Maximum pooling pads with -inf, which is no int8 number. A value that cannot win is as good:
+    # zero behind an activation that is never negative, else a copy of the border, which the
+    # same window holds already (torch allows padding up to half the window).
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target != torch.ops.aten.max_pool2d.default:
+            continue
+        value, *rest = node.args
+        kernel, stride, padding, dilation, ceil_mode = (*rest, None, None, None, None)[:5]
+        windows, before = _pair(kernel), _pair(padding or 0)
+        steps = _pair(stride or kernel)
+        if (not any(before) and not ceil_mode) or _pair(dilation or 1) != (1, 1):
+            continue
+        sizes, places = value.meta["val"].shape[2:], node.meta["val"].shape[2:]
+        # What the last window of a row and of a column reaches behind the map's end.
+        after = [
+            max(0, (count - 1) * step + window - size - first)
+            for count, step, window, size, first in zip(
+                places, steps, windows, sizes, before, strict=True
+            )
+        ]
+        amounts = [before[1], after[1], before[0], after[0]]
+        mode = ("constant", 0.0) if _is_never_negative(value) else ("replicate",)
+        with graph.inserting_before(node):
+            padded = graph.call_function(torch.ops.aten.pad.default, (value, amounts, *mode))
+        node.args = (padded, list(windows), list(steps))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return (values[0], values[-1])
+
+
+def _is_never_negative(node: torch.fx.Node) -> bool:
+    if node.target in _CLAMPS:
+        low = node.args[1] if len(node.args) > 1 else -1.0  # hardtanh's default
+        return isinstance(low, int | float) and low >= 0
+    return node.target in _POSITIVE
 
 
 def _convert(model: nn.Module, input_shape: tuple[int, ...], channels_last: bool) -> bytes:
