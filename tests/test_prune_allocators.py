@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeexit.errors import UsageError
-from edgeexit.host.prune import allocators
+from edgeexit.host.prune import knapsack
 from edgeexit.host.prune.allocators import (
     ALLOCATORS,
     Bill,
@@ -18,6 +18,7 @@ from edgeexit.host.prune.allocators import (
     erk,
     exponential_budget,
     global_ranking,
+    largest_share,
     latency,
     removable,
     uniform,
@@ -41,9 +42,9 @@ def a_bill(name: str, size: int, seed: int = 0, **changes) -> Bill:
 
 
 @st.composite
-def bill_lists(draw: st.DrawFn, most: int = 6, largest: int = 40) -> list[Bill]:
+def bill_lists(draw: st.DrawFn, longest: int = 6, largest: int = 40) -> list[Bill]:
     bills = []
-    for place in range(draw(st.integers(1, most))):
+    for place in range(draw(st.integers(1, longest))):
         size = draw(st.integers(1, largest))
         bills.append(
             a_bill(
@@ -140,6 +141,7 @@ def test_nothing_and_too_much(name: str) -> None:
     [
         ({"least": 9}, "9 of 8 units"),
         ({"cap": -1}, "at most -1"),
+        ({"round_to": 0}, "round_to: expected at least 1"),
         ({"scores": np.zeros(7)}, r"scores: found shape \(7,\)"),
         ({"scores": np.full(8, np.nan)}, "scores: NaN"),
         ({"milliseconds": np.zeros(8)}, r"milliseconds: .* expected \(9,\)"),
@@ -148,6 +150,19 @@ def test_nothing_and_too_much(name: str) -> None:
 def test_an_unsound_bill_is_refused(changes: dict, words: str) -> None:
     with pytest.raises(UsageError, match=f"conv1: .*{words}|conv1: {words}"):
         a_bill("conv1", 8, **changes)
+
+
+@laws
+@given(st.sampled_from(list(ALLOCATORS)), bill_lists())
+def test_the_largest_share_is_within_reach_and_no_larger_one_is(
+    name: str, bills: list[Bill]
+) -> None:
+    share = largest_share(name, bills)
+    ALLOCATORS[name](bills, share)
+
+    if share < 0.9:
+        with pytest.raises(UsageError, match=r"empty a layer|out of reach"):
+            ALLOCATORS[name](bills, share + 0.51 / sum(bill.size for bill in bills))
 
 
 # ---------------------------------------------------------------- uniform, ERK
@@ -394,6 +409,7 @@ def test_the_knapsack_finds_the_best_of_all_combinations(
             seed=seed + k,
             least=int(rng.integers(1, size + 1)) if rng.random() < 0.5 else 1,
             cap=int(rng.integers(0, size + 1)) if rng.random() < 0.5 else None,
+            round_to=round_to,
         )
         for k, size in enumerate(sizes)
     ]
@@ -401,10 +417,10 @@ def test_the_knapsack_finds_the_best_of_all_combinations(
     best = best_by_trying(bills, budget, round_to)
     if best == -math.inf:
         with pytest.raises(UsageError, match="out of reach"):
-            latency(bills, share, round_to=round_to)
+            latency(bills, share)
         return
 
-    counts = latency(bills, share, round_to=round_to)
+    counts = latency(bills, share)
 
     kept, spent = kept_and_spent(bills, counts)
     assert spent <= budget + 1e-9
@@ -419,12 +435,12 @@ def test_the_knapsack_finds_the_best_of_all_combinations(
 @laws
 @given(st.integers(0, 10**6), st.floats(0.1, 0.7), st.integers(40, 120))
 def test_with_few_states_the_bound_holds(seed: int, share: float, states: int) -> None:
-    bills = [a_bill(f"layer{k}", 24, seed=seed + k) for k in range(4)]
+    bills = [a_bill(f"layer{k}", 24, seed=seed + k, round_to=4) for k in range(4)]
     budget = (1 - share) * sum(float(bill.milliseconds[-1]) for bill in bills)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(allocators, "STATES", states)
-        counts = latency(bills, share, round_to=4)
+        patch.setattr(knapsack, "STATES", states)
+        counts = latency(bills, share)
 
     kept, spent = kept_and_spent(bills, counts)
     assert spent <= budget + 1e-9
@@ -434,14 +450,17 @@ def test_with_few_states_the_bound_holds(seed: int, share: float, states: int) -
 def test_of_ways_that_are_too_many_the_best_of_each_slice_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(allocators, "STATES", 2)
+    monkeypatch.setattr(knapsack, "STATES", 2)
     bills = [
-        a_bill("a", 3, scores=np.array([1.0, 5, 6]), milliseconds=np.array([0.05, 0.1, 0.2, 0.3])),
-        a_bill("b", 1, milliseconds=np.array([0.05, 0.7])),
-        a_bill("c", 2, scores=np.zeros(2), milliseconds=np.array([0.05, 0.1, 0.2])),
+        a_bill(name, len(scores), scores=np.array(scores), milliseconds=np.array(ms), round_to=1)
+        for name, scores, ms in [
+            ("a", [1.0, 5.0, 6.0], [0.05, 0.1, 0.2, 0.3]),
+            ("b", [1.0], [0.05, 0.7]),
+            ("c", [0.0, 0.0], [0.05, 0.1, 0.2]),
+        ]
     ]
 
-    assert latency(bills, 0.08, round_to=1) == {"a": 0, "b": 0, "c": 1}
+    assert latency(bills, 0.08) == {"a": 0, "b": 0, "c": 1}
 
 
 def test_a_network_of_many_layers_is_solved_soon() -> None:
@@ -460,5 +479,3 @@ def test_a_network_of_many_layers_is_solved_soon() -> None:
 def test_latency_needs_a_table() -> None:
     with pytest.raises(UsageError, match="no measured latencies"):
         latency([a_bill("a", 16, milliseconds=None)], 0.1)
-    with pytest.raises(UsageError, match="round_to"):
-        latency([a_bill("a", 16)], 0.1, round_to=0)

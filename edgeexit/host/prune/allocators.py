@@ -17,11 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import UsageError
+from edgeexit.host.prune.knapsack import best_choices
 
 Numbers = NDArray[np.float64]
-
-# Cheapest ways that "latency" keeps in mind between two bills. Exact below it; see latency().
-STATES = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,8 @@ class Bill:
     channels) and *kernel* (such as (3, 3); () of a linear layer) are of its first producer,
     *weights_per_unit* is 1 where the units are single weights. *scores* (size,), low goes
     first; *relevance* of the whole layer (NEPENTHE); *milliseconds* (size + 1,): measured
-    latency of the layers concerned with k units.
+    latency of the layers concerned with k units, of which "latency" looks at multiples of
+    *round_to*.
     """
 
     name: str
@@ -46,6 +45,7 @@ class Bill:
     relevance: float | None = None
     cap: int | None = None
     milliseconds: Numbers | None = None
+    round_to: int = 8
 
     def __post_init__(self) -> None:
         if not 0 <= self.least <= self.size or (self.cap is not None and self.cap < 0):
@@ -53,6 +53,8 @@ class Bill:
                 f"{self.name}: {self.least} of {self.size} units must stay and at most {self.cap} "
                 "may go: expected numbers from 0 to all"
             )
+        if self.round_to < 1:
+            raise UsageError(f"{self.name}: round_to: expected at least 1, found {self.round_to}")
         _check_values(f"{self.name}: scores", self.scores, self.size)
         if self.milliseconds is not None:
             _check_values(f"{self.name}: milliseconds", self.milliseconds, self.size + 1)
@@ -80,6 +82,16 @@ def _check_values(what: str, values: Numbers, count: int) -> None:
 def removable(bills: Sequence[Bill]) -> int:
     """The most units that may go from all *bills* together."""
     return sum(bill.room for bill in bills)
+
+
+def largest_share(allocator: str, bills: Sequence[Bill]) -> float:
+    """The largest share that *allocator* can take from *bills*: of units, or of milliseconds."""
+    if allocator == "latency":
+        spent = [_widths(bill)[1] for bill in bills]
+        now = sum(float(ms[0]) for ms in spent)
+        return 1 - sum(float(ms.min()) for ms in spent) / now if now > 0 else 0.0
+    units = sum(bill.size for bill in bills)
+    return removable(bills) / units if units else 0.0
 
 
 def uniform(bills: Sequence[Bill], share: float) -> dict[str, int]:
@@ -195,82 +207,44 @@ def exponential_budget(relevance: Numbers, sizes: Numbers, budget: float) -> Num
     return given
 
 
-def latency(bills: Sequence[Bill], share: float, *, round_to: int = 8) -> dict[str, int]:
+def latency(bills: Sequence[Bill], share: float) -> dict[str, int]:
     """
     The widths that keep the highest total score within 1 - *share* of the bills' milliseconds.
 
-    Widths are the present one and multiples of *round_to* (HALP, Shen et al. 2022, arXiv
-    2110.10811); scores are scaled as in global_ranking. A multiple-choice knapsack, solved
-    bill by bill over the ways that no other way beats in both latency and score. Exact while
-    these are at most STATES; beyond, the best way of each of STATES equal slices of the budget
-    goes on, and the result is at least as good as the best one for a budget that is smaller
-    by a STATES-th per bill. UsageError if the budget is out of reach.
+    Widths are the present one and multiples of the bills' round_to (HALP, Shen et al. 2022, arXiv
+    2110.10811); scores are scaled as in global_ranking. See knapsack.best_choices for how near
+    the best this comes. UsageError if the budget is out of reach.
     """
     bills, _ = _opened(bills, share, counted=False)
-    if round_to < 1:
-        raise UsageError(f"round_to: expected at least 1, found {round_to}")
     if share == 0 or not bills:
         return dict.fromkeys((bill.name for bill in bills), 0)
-    options = [_widths(bill, round_to) for bill in bills]
+    options = [_widths(bill) for bill in bills]
     now = sum(float(ms[0]) for _, ms, _ in options)
     budget = (1 - share) * now
-    chosen = _knapsack([(ms, value) for _, ms, value in options], budget)
+    chosen = best_choices([(ms, value) for _, ms, value in options], budget)
     if chosen is None:
-        least = sum(float(ms.min()) for _, ms, _ in options)
         raise UsageError(
             f"saving {share:.1%} of {now:.3f} ms is out of reach: "
-            f"at most {1 - least / now if now else 0:.1%} can go",
+            f"at most {largest_share('latency', bills):.1%} can go",
             hint="ask for less, let blocks go too, or round to smaller steps",
         )
     widths = [int(widths[pick]) for (widths, _, _), pick in zip(options, chosen, strict=True)]
     return {bill.name: bill.size - width for bill, width in zip(bills, widths, strict=True)}
 
 
-def _widths(bill: Bill, round_to: int) -> tuple[NDArray[np.int64], Numbers, Numbers]:
+def _widths(bill: Bill) -> tuple[NDArray[np.int64], Numbers, Numbers]:
     """The widths that *bill* may take, the present one first; their milliseconds and scores."""
     if bill.milliseconds is None:
         raise UsageError(
             f"allocator latency: {bill.name} has no measured latencies",
             hint="measure a latency table on this machine first",
         )
-    lowest = -(-(bill.size - bill.room) // round_to) * round_to
-    steps = range(lowest, bill.size, round_to)
+    lowest = -(-(bill.size - bill.room) // bill.round_to) * bill.round_to
+    steps = range(lowest, bill.size, bill.round_to)
     widths = np.array([bill.size, *(width for width in steps if width > 0)], np.int64)
     best_first = np.sort(_scaled(bill))[::-1]
     kept = np.concatenate([[0.0], np.cumsum(best_first)])
     return widths, bill.milliseconds[widths], kept[widths]
-
-
-def _knapsack(options: Sequence[tuple[Numbers, Numbers]], budget: float) -> list[int] | None:
-    """One choice per entry of (cost, value) options: most value within *budget*, or None."""
-    slack = 1e-12 * max(1.0, budget)
-    least = [float(cost.min()) for cost, _ in options]
-    cost, value = np.zeros(1), np.zeros(1)
-    trail: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
-    for place, (costs, values) in enumerate(options):
-        count = len(costs)
-        all_costs = (cost[:, None] + costs).ravel()
-        all_values = (value[:, None] + values).ravel()
-        allowed = all_costs <= budget - math.fsum(least[place + 1 :]) + slack
-        ways = np.flatnonzero(allowed)
-        ways = ways[np.lexsort((-all_values[ways], all_costs[ways]))]
-        best = np.maximum.accumulate(all_values[ways])
-        better = np.concatenate([[True], best[1:] > best[:-1]]) if len(ways) else np.empty(0, bool)
-        ways = ways[better]
-        if len(ways) > STATES:
-            # Costs and values both rise along *ways*: the last of a slice is its best.
-            slices = np.floor(all_costs[ways] * (STATES / budget)).astype(np.int64)
-            ways = ways[np.concatenate([slices[1:] > slices[:-1], [True]])]
-        trail.append((ways // count, ways % count))
-        cost, value = all_costs[ways], all_values[ways]
-    if not len(cost):
-        return None
-    at = int(value.argmax())
-    picks = []
-    for before, pick in reversed(trail):
-        picks.append(int(pick[at]))
-        at = int(before[at])
-    return picks[::-1]
 
 
 ALLOCATORS: dict[str, Allocator] = {
