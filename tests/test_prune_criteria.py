@@ -1,6 +1,7 @@
 """Criteria: each does what its paper says, tells the dead from the living, and leaves no trace."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -280,6 +281,18 @@ def test_chance_is_the_seeds_and_no_others() -> None:
         same(one, again, rtol=0)
         for name in one:
             assert not np.array_equal(np.asarray(one[name]), np.asarray(other[name]))
+
+
+def test_chance_differs_between_parts_and_does_not_ask_which_others_there_are() -> None:
+    model, graph = network("resnet")
+    everything = judged("random", "units", evidence(model, graph))
+    name = "blocks.0.first.0"
+    alone = replace(graph, groups={name: graph.groups[name]})
+
+    assert len({score[0] for score in everything.values()}) == len(graph.groups)
+    np.testing.assert_array_equal(
+        judged("random", "units", evidence(model, alone))[name], everything[name]
+    )
 
 
 def test_chance_prefers_no_unit() -> None:
@@ -625,6 +638,26 @@ def test_filters_that_learn_the_same_count_once() -> None:
 
     assert after[group.name] == 1 < before[group.name]
     assert all(1 <= rank <= graph.groups[name].size for name, rank in {**before, **after}.items())
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.8, 0.99])
+def test_the_rank_counts_the_singular_values_that_hold_the_energy(energy) -> None:
+    model, graph = network("mobilenet")
+    given = evidence(model, graph)
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in graph.groups}
+    for inputs, labels in given.batches:
+        model.zero_grad()
+        (weighted_loss(given, inputs, labels) / len(labels)).backward()
+        for name, group in graph.groups.items():
+            for producer in group.producers:
+                columns[name].append(model.get_submodule(producer).weight.grad.double().flatten(1))
+
+    found = effective_rank(given, energy=energy)
+
+    for name, parts in columns.items():
+        squares = np.linalg.svd(torch.cat(parts, 1).numpy(), compute_uv=False) ** 2
+        held = np.cumsum(squares) / squares.sum()
+        assert found[name] == 1 + int((held < energy).sum())
 
 
 def test_more_energy_needs_more_filters() -> None:
