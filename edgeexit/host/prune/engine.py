@@ -31,7 +31,7 @@ from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.model import exit_outputs
 from edgeexit.host.needs import needs
 from edgeexit.host.prune import states
-from edgeexit.host.prune.allocators import ALLOCATORS, Bill, removable
+from edgeexit.host.prune.allocators import ALLOCATORS, Bill, largest_share
 from edgeexit.host.prune.composition import Composition
 from edgeexit.host.prune.criteria import CRITERIA
 from edgeexit.host.prune.evidence import EntryScores, Evidence
@@ -457,6 +457,7 @@ class _Work:
                     relevance=relevance.get(layer.name),
                     cap=None if name not in caps else max(group.size - caps[name], 0),
                     milliseconds=self._curve(name),
+                    round_to=self.plan.round_to,
                 )
             )
         return bills
@@ -508,7 +509,7 @@ class _Work:
     def _kept(self, bills: Sequence[Bill], stage: Stage, goal: float) -> dict[str, int]:
         allocate = ALLOCATORS[self.plan.allocator]
         units = sum(bill.size for bill in bills)
-        most = removable(bills) / units if units else 0.0
+        most = largest_share(self.plan.allocator, bills)
 
         def at(share: float) -> dict[str, int]:
             gone = allocate(bills, min(share, most))
