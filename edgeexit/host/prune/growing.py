@@ -17,9 +17,15 @@ from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.host.graph import Group
-from edgeexit.host.prune.evidence import weight_of
-from edgeexit.host.prune.phase import Facts, Phase, Scores, Units, number, read
-from edgeexit.names import unknown
+from edgeexit.host.prune.phase import (
+    Facts,
+    Phase,
+    Scores,
+    Units,
+    magnitudes,
+    number,
+    read,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +113,7 @@ class Growing(Phase):
         return float(sizes[~gone].mean() / max(float(sizes[gone].mean()), 1e-300))
 
     def _magnitudes(self, name: str) -> NDArray[np.float64]:
-        """Mean |w| of each unit's filters."""
-        group = self.groups[name]
-        rows = []
-        for producer in group.producers:
-            weight = weight_of(self.model, producer).abs().double().flatten(1).mean(1).cpu()
-            rows.append(weight[torch.from_numpy(group.places[producer, "out"])].mean(1))
-        return np.asarray(torch.stack(rows).mean(0).numpy())
+        return magnitudes(self.model, self.groups[name])
 
     def _smallest(self) -> Units:
         orders = {name: np.argsort(self._magnitudes(name), kind="stable") for name in self.groups}
@@ -163,9 +163,6 @@ def _counts(facts: Facts, share: float, phase: str) -> dict[str, int]:
         # As the authors' code rounds: up, but one unit stays.
         counts = {n: min(math.ceil(share * g.size), g.size - 1) for n, g in groups.items()}
     else:
-        for name in facts.units:
-            if name not in groups:
-                raise unknown(name, groups, "group of channels")
         counts = {name: len(np.unique(units)) for name, units in facts.units.items()}
     for name, count in counts.items():
         if count and count >= groups[name].size:

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from edgeexit.errors import UsageError
 from edgeexit.host.fit import Influence
-from edgeexit.host.graph import Graph
+from edgeexit.host.graph import Graph, Group
+from edgeexit.host.prune.evidence import weight_of
 from edgeexit.names import unknown
 
 Units = dict[str, NDArray[np.int64]]
@@ -32,7 +34,7 @@ class Facts:
 
     *units* (group -> indices) are chosen for removal, or None; *iterations* are the steps of the
     optimizer that the phase will see, if known: growth is then fitted into them. *options* are a
-    recipe's plain values.
+    recipe's plain values. UsageError for a group that is not there.
     """
 
     model: nn.Module
@@ -41,6 +43,11 @@ class Facts:
     iterations: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.units or {}:
+            if name not in self.graph.groups:
+                raise unknown(name, self.graph.groups, "group of channels")
 
 
 class Phase(Influence):
@@ -91,6 +98,15 @@ def read(kind: type[T], facts: Facts, phase: str) -> T:
                 f"{'' if 'float' in wanted else ' whole'} number in {low:g}..{high:g}"
             )
     return kind(**facts.options)
+
+
+def magnitudes(model: nn.Module, group: Group) -> NDArray[np.float64]:
+    """Mean |w| (size,) of each unit's filters, averaged over its producers."""
+    rows = []
+    for producer in group.producers:
+        weight = weight_of(model, producer).abs().double().flatten(1).mean(1).cpu()
+        rows.append(weight[torch.from_numpy(group.places[producer, "out"])].mean(1))
+    return np.asarray(torch.stack(rows).mean(0).numpy())
 
 
 def ascending(values: Mapping[str, float]) -> dict[str, float]:

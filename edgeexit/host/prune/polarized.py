@@ -11,11 +11,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.errors import UsageError
-from edgeexit.host.graph import Group
-from edgeexit.host.prune.phase import Facts, Phase, Scores, Units, ascending, number, read
+from edgeexit.host.graph import Block, Group
+from edgeexit.host.prune.phase import (
+    Facts,
+    Phase,
+    Scores,
+    Units,
+    ascending,
+    magnitudes,
+    number,
+    read,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,25 +35,39 @@ class GateOptions:
 
     *share* of the gates shall close (default: that of the facts' units, else a half); *over* is 1
     for units, 2 for blocks, 3 for both (default: units, or blocks if the facts name no unit).
-    *polarize* and *sparsity* weigh the two terms of the loss; *rate* is the gates' own learning
-    rate (Adam; default 0.01, more in short runs).
+    *polarize* and *sparsity* weigh the two terms of the loss, the first one growing from 0 over
+    half of the iterations; *rate* is the gates' own learning rate (Adam; default 0.01, more in
+    short runs).
     """
 
     share: float | None = number(None, 0.0, 1.0)
     over: int | None = number(None, 1, 3)
-    polarize: float = number(1.0, 0.0)
-    sparsity: float = number(20.0, 0.0)
+    polarize: float = number(1.5, 0.0)
+    sparsity: float = number(0.5, 0.0)
     rate: float | None = number(None, 1e-6, 1.0)
 
 
 class _Gates:
-    """The gates of one group, or of one block: a linear layer on what it sees, on or off."""
+    """
+    The gates of one group, or of one block: a linear layer on what it sees, on or off.
 
-    def __init__(self, size: int, inputs: int, model: nn.Module, seed: Sequence[int]) -> None:
-        some = next(model.parameters())
-        drawn = np.random.default_rng(list(seed)).normal(size=(size, inputs)) * 0.1
+    *sizes* rank them at the start; at least *least* stay open.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        sizes: NDArray[np.float64],
+        model: nn.Module,
+        seed: Sequence[int],
+        least: int,
+    ) -> None:
+        self.least = least
+        size, some = len(sizes), next(model.parameters())
+        drawn = np.random.default_rng(list(seed)).normal(size=(size, inputs)) * 0.3
         self.weight = torch.tensor(drawn).to(some).requires_grad_()
-        self.bias = torch.ones(size).to(some).requires_grad_()
+        order = sizes.argsort(kind="stable").argsort(kind="stable")
+        self.bias = torch.tensor(0.5 + (order + 0.5) / size).to(some).requires_grad_()
         self.average = torch.ones(size, dtype=torch.float64)
         self.now: torch.Tensor | None = None  # (N, size), of the forward under way
         self.batch: torch.Tensor | None = None  # (size,), averaged over the last training batch
@@ -54,7 +78,7 @@ class _Gates:
             if torch.is_grad_enabled():
                 seen = seen.detach()
                 if seen.shape[1] > 1:
-                    seen = nn.functional.layer_norm(seen, seen.shape[1:])
+                    seen = nn.functional.layer_norm(seen, seen.shape[1:]) / seen.shape[1] ** 0.5
                 soft = torch.sigmoid(seen @ self.weight.T + self.bias)
                 # Straight-through (Bengio et al. 2013): hard forward, the sigmoid's slope back.
                 self.now = (soft > 0.5).to(soft) + soft - soft.detach()
@@ -64,9 +88,9 @@ class _Gates:
         return self.now
 
     def is_open(self) -> torch.Tensor:
-        """The static network's gates (size,): one stays open."""
+        """The static network's gates (size,)."""
         opened = self.average >= 0.5
-        opened[self.average.argmax()] = True
+        opened[self.average.argsort(descending=True, stable=True)[: self.least]] = True
         return opened
 
 
@@ -74,10 +98,11 @@ class Polarized(Phase):
     """
     Binary gates that choose per sample while training, pushed until all samples agree.
 
-    Likely form of the paper's loss: polarize * mean g(1 - g) + sparsity * (mean g - open)^2 with g
-    the gates' averages over the batch. A unit's gate multiplies what its consumers read, so a gate
-    that is closed for all is its removal, exactly, and one that is open leaves no scale behind
-    to be folded. Without gradients the static network answers: gates by their running averages.
+    Likely form of the paper's loss: polarize * sum g(1 - g) + sparsity * n (mean g - open)^2 with g
+    the n gates' averages over the batch. A unit's gate multiplies what its consumers read, so a
+    gate that is closed for all is its removal, exactly, and one that is open leaves no scale
+    behind to be folded. Small filters start nearer to closing. Without gradients the static
+    network answers: gates by their running averages.
     """
 
     def __init__(self, facts: Facts, name: str) -> None:
@@ -95,7 +120,8 @@ class Polarized(Phase):
                 gone = sum(len(facts.units[group.name]) for group in groups)
                 share = gone / sum(group.size for group in groups)
             for k, group in enumerate(groups):
-                gates = _Gates(group.size, group.size, self.model, [facts.seed, 11, k])
+                sizes = magnitudes(self.model, group)
+                gates = _Gates(group.size, sizes, self.model, [facts.seed, 11, k], 1)
                 self.units[group.name] = gates
                 for consumer in group.consumers:
                     self._hook_unit(group, consumer, gates)
@@ -103,12 +129,13 @@ class Polarized(Phase):
             able = [block for block in facts.graph.blocks.values() if not block.merges]
             for k, block in enumerate(able):
                 width = facts.graph.layers[block.layers[0]].inputs
-                gates = _Gates(1, width, self.model, [facts.seed, 12, k])
+                gates = _Gates(width, np.ones(1), self.model, [facts.seed, 12, k], 0)
                 self.blocks[block.name] = gates
-                self._hook_block(block.name, gates)
+                self._hook_block(block, gates)
         if not self.units and not self.blocks:
             raise UsageError(f"phase {name}: the network has nothing that a gate could close")
         self.open_share = 1 - (0.5 if share is None else share)
+        self.ramp = max(1.0, (facts.iterations or 2) / 2)
         rate = options.rate or max(0.01, min(0.2, 5 / (facts.iterations or 1000)))
         self.optimizer = torch.optim.Adam(
             [one for gates in self._all() for one in (gates.weight, gates.bias)], lr=rate
@@ -139,24 +166,29 @@ class Polarized(Phase):
 
         self._handles.append(self.model.get_submodule(consumer).register_forward_pre_hook(hook))
 
-    def _hook_block(self, block: str, gates: _Gates) -> None:
+    def _hook_block(self, block: Block, gates: _Gates) -> None:
+        is_linear = self.graph.layers[block.layers[0]].kind == "linear"
+
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...], y: torch.Tensor) -> Any:
             x = inputs[0]
-            axes = tuple(range(2, x.ndim)) if x.ndim != 3 else (1,)
-            gate = gates.of(x.mean(axes) if axes else x).reshape(-1, *[1] * (x.ndim - 1))
+            rows = x.movedim(x.ndim - 1 if is_linear else 1, 1)
+            rows = rows.reshape(len(x), rows.shape[1], -1).mean(2)
+            gate = gates.of(rows).reshape(-1, *[1] * (x.ndim - 1))
             return gate * y + (1 - gate) * x
 
-        self._handles.append(self.model.get_submodule(block).register_forward_hook(hook))
+        module = self.model.get_submodule(block.name)
+        self._handles.append(module.register_forward_hook(hook))
 
     def penalty(self) -> torch.Tensor | None:
         """The two terms, summed over the kinds of gates."""
         total = None
+        grown = min(1.0, (self.iteration + 1) / self.ramp)
         for kind in (self.units, self.blocks):
             seen = [gates.batch for gates in kind.values() if gates.batch is not None]
             if seen:
                 g = torch.cat(seen)
-                polar = self.options.polarize * (g * (1 - g)).mean()
-                sparse = self.options.sparsity * (g.mean() - self.open_share).square()
+                polar = self.options.polarize * grown * (g * (1 - g)).sum()
+                sparse = self.options.sparsity * len(g) * (g.mean() - self.open_share).square()
                 total = polar + sparse if total is None else total + polar + sparse
         return total
 
