@@ -8,7 +8,10 @@ measuring needs, and how short a measurement may be.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.bundle import Bundle
@@ -18,6 +21,7 @@ from edgeexit.host.answers import RealSamples
 from edgeexit.host.convert import FEWEST_SAMPLES, OnStep, build
 from edgeexit.preprocess import Preprocess
 from edgeexit.profile import measure
+from edgeexit.runtime import Runner
 
 Interval = tuple[float, float, float]
 """A value with the ends of its 95 % bootstrap interval."""
@@ -37,9 +41,9 @@ def int8_bundle(
     Lower *model*, quantize it to int8 and write the bundle *folder*, to be measured.
 
     *input_shape* is (1, ...) in the network's own layout; *reals* give the activation ranges
-    (UsageError for fewer than 16). The road is convert's without its comparisons with torch and
-    with the uncut network, which a pruned network that answers the same to everything would not
-    pass. *model* is set to eval mode. Errors otherwise as convert.
+    (UsageError for fewer than 16). The road is convert's with fewer comparisons: a pruned
+    network that answers the same to everything passes. *model* is set to eval mode. Errors
+    otherwise as convert.
     """
     if len(reals) < FEWEST_SAMPLES:
         raise UsageError(
@@ -60,6 +64,21 @@ def int8_bundle(
         },
         on_step=on_step or (lambda name, done: None),
     )
+
+
+def int8_accuracies(
+    bundle: Bundle, samples: NDArray[Any], labels: NDArray[np.int64]
+) -> dict[str, float]:
+    """
+    Share of right answers of each exit of *bundle*, by the files that would be deployed.
+
+    *samples* (N, ...) as a calibration set holds them, *labels* int64 (N,), N >= 1.
+    """
+    right = np.zeros(len(bundle.exits), np.int64)
+    with Runner(bundle, policy=None) as runner:
+        for sample, label in zip(samples, labels, strict=True):
+            right += runner.raw_logits(sample).argmax(axis=1) == label
+    return dict(zip(bundle.exits, (right / len(labels)).tolist(), strict=True))
 
 
 def measured(

@@ -1,0 +1,139 @@
+"""Recovering: what the real int8 file loses is brought back, and nothing worse is kept."""
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+
+pytestmark = pytest.mark.host
+torch = pytest.importorskip("torch")
+pytest.importorskip("litert_torch")
+
+from edgeexit.errors import UsageError  # noqa: E402
+from edgeexit.host import recover as room  # noqa: E402
+from edgeexit.host.fakequant import Simulated  # noqa: E402
+from edgeexit.host.fit import holdout_accuracies  # noqa: E402
+from edgeexit.host.recipe import TrainingPart  # noqa: E402
+from edgeexit.host.recover import quantization_aware, recover, typical  # noqa: E402
+from tests import trained  # noqa: E402
+
+PART = TrainingPart(epochs=2, batch=32, learning_rate=0.003)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def recovered(model, **changes) -> room.Recovery:
+    given = {"input_shape": trained.SHAPE, "where": "test", **changes}
+    part = given.pop("part", PART)
+    return recover(model, trained.material(), part, trained.reals(), **given)
+
+
+def test_what_a_hostile_network_loses_by_int8_is_brought_back() -> None:
+    model = trained.net()
+    trained.make_hostile(model, 1000.0)
+    heard: list[str] = []
+    found = recovered(model, on_attempt=heard.append)
+    first = found.attempts[0]
+    assert found.loss(first) > 0.2
+    assert found.loss(found.best) < 0.2 * found.loss(first)
+    assert heard == [attempt.name for attempt in found.attempts]
+    text = found.text()
+    assert "equalise channels" in text
+    assert f"({100 * found.loss(first):.2f} before)" in text
+    assert found.to_document()["attempts"][0]["int8_accuracies"] == dict(first.accuracies)
+    # The float network has not paid for it.
+    now = holdout_accuracies(model, trained.material())
+    assert all(now[name] > value - 0.02 for name, value in found.floats.items())
+
+
+def test_a_fine_tune_as_int8_makes_the_simulated_network_better() -> None:
+    model = trained.net()
+    trained.make_hostile(model, 200.0)
+    norm = model.blocks[0].first[1]
+    statistics = norm.running_mean.clone()
+    simulated = Simulated(model, typical(trained.reals()))
+    before = sum(holdout_accuracies(simulated, trained.material()).values())
+    part = TrainingPart(epochs=3, batch=32, learning_rate=1e-6)
+    assert quantization_aware(model, trained.material(), part, trained.reals(), where="test")
+    simulated.calibrate()
+    after = sum(holdout_accuracies(simulated, trained.material()).values())
+    assert after > before + 0.05
+    torch.testing.assert_close(norm.running_mean, statistics, rtol=0, atol=0)
+
+
+def test_a_fine_tune_that_diverges_is_reported_and_a_wrong_part_is_refused() -> None:
+    model = trained.net()
+    wild = TrainingPart(epochs=3, batch=32, learning_rate=99.0, momentum=0.99)
+    given = (trained.material(), wild, trained.reals())
+    assert not quantization_aware(model, *given, where="test")
+    large = TrainingPart(epochs=1, batch=4096, learning_rate=0.1)
+    with pytest.raises(UsageError, match="training.batch"):
+        quantization_aware(trained.net(), given[0], large, given[2], where="test")
+
+
+@dataclass
+class Scripted:
+    """Stands in for the int8 files: their accuracies are read off a list."""
+
+    accuracies: list[float]
+    judged: list = field(default_factory=list)
+
+    def bundle(self, model, **_given):
+        self.judged.append(copy.deepcopy(model.state_dict()))
+        return self
+
+    @property
+    def provenance(self) -> dict:
+        return {"ranges": {"chosen": "minmax"}}
+
+    def answers(self, _bundle, _samples, _labels) -> dict:
+        value = self.accuracies[len(self.judged) - 1]
+        return {"exit0": value, "exit1": value}
+
+
+def scripted(monkeypatch, accuracies: list[float]) -> Scripted:
+    found = Scripted(accuracies)
+    monkeypatch.setattr(room, "int8_bundle", found.bundle)
+    monkeypatch.setattr(room, "int8_accuracies", found.answers)
+    return found
+
+
+def same(one, other) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_only_what_the_int8_file_gains_by_is_kept(monkeypatch) -> None:
+    files = scripted(monkeypatch, [0.3, 0.2, 0.4, 0.35])
+    model = trained.net()
+    found = recovered(model)
+    assert [(a.name, a.is_kept) for a in found.attempts] == [
+        ("as it is", True),
+        ("equalise channels", False),
+        ("correct biases", True),
+        ("fine-tune as int8", False),
+    ]
+    assert found.best.name == "correct biases"
+    assert same(files.judged[2], model.state_dict())
+
+
+def test_nothing_is_touched_where_int8_costs_little(monkeypatch) -> None:
+    model = trained.net()
+    before = copy.deepcopy(model.state_dict())
+    scripted(monkeypatch, [min(holdout_accuracies(model, trained.material()).values())] * 4)
+    found = recovered(model, threshold=0.5)
+    assert [attempt.name for attempt in found.attempts] == ["as it is"]
+    assert same(before, model.state_dict())
+
+
+def test_a_diverged_fine_tune_leaves_the_best_weights(monkeypatch) -> None:
+    files = scripted(monkeypatch, [0.3, 0.4, 0.35])
+    model = trained.net()
+    wild = TrainingPart(epochs=2, batch=32, learning_rate=99.0, momentum=0.99)
+    found = recovered(model, part=wild)
+    assert found.best.name == "equalise channels"
+    assert found.attempts[-1].accuracies == {}
+    assert "did not work" in found.text()
+    assert same(files.judged[1], model.state_dict())
