@@ -16,8 +16,9 @@ from edgeexit.host import zoo  # noqa: E402
 from edgeexit.host.graph import Graph, Group, analyse  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.prune.ablation import bypassed  # noqa: E402
-from edgeexit.host.prune.criteria import CRITERIA, Evidence, effective_rank  # noqa: E402
-from edgeexit.host.prune.saliency import gated, weighted_loss  # noqa: E402
+from edgeexit.host.prune.criteria import CRITERIA  # noqa: E402
+from edgeexit.host.prune.evidence import Evidence  # noqa: E402
+from edgeexit.host.prune.saliency import effective_rank, gated, weighted_loss  # noqa: E402
 from edgeexit.host.surgery import remove_block, remove_units  # noqa: E402
 
 pytestmark = pytest.mark.host

@@ -1,9 +1,9 @@
 """
 Which part of a network matters least: the criteria by name, and those that read weights only.
 
-Callers see CRITERIA and effective_rank. Low scores go first. Scores of one layer can always be
-compared with each other; across layers only where a criterion says so. Criteria that need
-gradients or ablations live in modules of their own.
+Callers see CRITERIA. Low scores go first. Scores of one layer can always be compared with each
+other; across layers only where a criterion says so. Criteria that need gradients or ablations
+live in modules of their own.
 """
 
 import math
@@ -27,10 +27,8 @@ from edgeexit.host.prune.evidence import (
     weight_of,
     without_unused,
 )
-from edgeexit.host.prune.saliency import crop, effective_rank, force, snip, taylor, taylor_blocks
+from edgeexit.host.prune.saliency import crop, force, snip, taylor, taylor_blocks
 from edgeexit.host.prune.states import state_entropy
-
-__all__ = ["CRITERIA", "Criterion", "Evidence", "effective_rank"]
 
 # ---------------------------------------------------------------- chance
 
