@@ -134,7 +134,7 @@ def command(
             f"{last['weights_gone']:.1%} of the single weights are zero, compressed "
             f"{last['compressed_bytes']:,} bytes: a smaller download, no lower latency."
         )
-    click.echo(str(comparison) if comparison is not None else _accuracies(result.accuracies))
+    click.echo(comparison.text() if comparison is not None else _accuracies(result.accuracies))
 
 
 def _accuracies(accuracies: tuple[dict[str, float], dict[str, float]]) -> str:

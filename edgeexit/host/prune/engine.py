@@ -43,7 +43,7 @@ from edgeexit.host.prune.saliency import effective_rank
 from edgeexit.host.prune.schedules import StructureStability, planned
 from edgeexit.host.prune.selectors import SELECTORS, Child, equalise, filters_of
 from edgeexit.host.prune.similarity import exits_cka
-from edgeexit.host.recipe import TrainingPart
+from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
 
 STATE_FORMAT = 1
 MAX_STATE_BYTES = 4 << 30
@@ -144,7 +144,7 @@ def prune(
         done = _finished(out, digest, arch)
         if done is not None:
             return done
-    material, origin = _material(checkpoint, recipe, str(model_path))
+    material, origin = training_half(checkpoint, str(model_path), recipe.data, recipe.augmentation)
     work = _Work(checkpoint, recipe, digest, material, on_step)
     state_path = out.with_name(out.name + ".state")
     work.state_path = state_path
@@ -183,11 +183,20 @@ def _from_metadata(out: Path, made: Mapping[str, Any], *, was_done: bool) -> Pru
         raise BadFile(f"{out}: metadata.pruning is damaged ({type(error).__name__})") from error
 
 
-def _material(checkpoint: Checkpoint, recipe: PruneRecipe, where: str) -> tuple[Material, Origin]:
-    """The training half, split as when the network was made."""
+def training_half(
+    checkpoint: Checkpoint,
+    where: str,
+    data: DataPart,
+    augmentation: Augmentation | None = None,
+) -> tuple[Material, Origin]:
+    """
+    The samples that *checkpoint*, read from *where*, was trained on, split as then.
+
+    What *data* and *augmentation* say replaces what it says.
+    """
     return gather(
-        replace(recipe.data, class_names=checkpoint.class_names),
-        recipe.augmentation,
+        replace(data, class_names=checkpoint.class_names),
+        augmentation,
         preprocess=checkpoint.preprocess,
         input_shape=checkpoint.input_shape,
         before=Origin.of(checkpoint.metadata, where),
