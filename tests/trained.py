@@ -14,6 +14,15 @@ from edgeexit.host.recipe import Augmentation, TrainingPart
 from edgeexit.preprocess import Preprocess
 
 SHAPE = (1, 1, 8, 8)
+KWARGS = {
+    "channels": 1,
+    "classes": 4,
+    "size": [8, 8],
+    "stem": [8],
+    "widths": [8, 16],
+    "blocks": [1, 1],
+    "heads": [[8]],
+}
 PREPROCESS = Preprocess(
     kind="image", size=(8, 8), color="gray", scale=1 / 255, mean=(0.5,), std=(0.25,), layout="nchw"
 )
@@ -54,9 +63,7 @@ def _weights() -> dict[str, torch.Tensor]:
 
 
 def _net() -> nn.Module:
-    return zoo.resnet(
-        channels=1, classes=4, size=[8, 8], stem=[8], widths=[8, 16], blocks=[1, 1], heads=[[8]]
-    )
+    return zoo.resnet(**KWARGS)
 
 
 def net() -> nn.Module:
