@@ -6,6 +6,7 @@ description for people. Hidden here: that a combination which cannot work is ref
 work starts.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,10 +16,10 @@ from edgeexit.host.prune.allocators import ALLOCATORS
 from edgeexit.host.prune.criteria import CRITERIA
 from edgeexit.host.prune.phases import PHASES
 from edgeexit.host.prune.schedules import SCHEDULES
+from edgeexit.host.prune.scopes import SCOPES
 from edgeexit.host.prune.selectors import SELECTORS
 from edgeexit.names import choose
 
-SCOPES = ("all", "backbone-then-exits", "exits-only")
 TARGETS = ("macs", "params", "latency", "weights")
 
 
@@ -92,7 +93,7 @@ class Composition:
         choose(self.allocator, ALLOCATORS, "allocator")
         choose(self.schedule, SCHEDULES, "schedule")
         choose(self.selector, SELECTORS, "selector")
-        choose(self.scope, dict.fromkeys(SCOPES), "scope")
+        choose(self.scope, SCOPES, "scope")
         if self.phase is not None:
             choose(self.phase, PHASES, "phase")
         if self.is_unstructured and criterion.entries is None:
@@ -130,7 +131,7 @@ def known_names() -> dict[str, list[str]]:
         "block criterion": [n for n, c in CRITERIA.items() if c.blocks is not None],
         "for weights=...": [n for n, c in CRITERIA.items() if c.entries is not None],
     }
-    axes = {
+    axes: dict[str, Iterable[str]] = {
         "allocator": ALLOCATORS,
         "schedule": SCHEDULES,
         "scope": SCOPES,
