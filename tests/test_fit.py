@@ -103,16 +103,20 @@ def test_the_first_phase_of_mixed_is_judged_by_the_final_exit() -> None:
 def test_patience_ends_a_phase_and_brings_its_best_weights_back(regime: str) -> None:
     given = material(160, 80)
     part = replace(PART, regime=regime, epochs=60, patience=2)
-    model, steps = made("zoo"), []
+    model, ends, best = made("zoo"), [], []
     fit = Fit(model, given, part, where="r")
 
-    fit.run(steps.append)
+    def note(step: Step) -> None:
+        if step.accuracies is not None:
+            ends.append(step)
+        if step.is_best:
+            best.append(bits(model))
 
-    ends = [step for step in steps if step.accuracies is not None]
-    last = [step for step in ends if step.phase == ends[-1].phase]
-    assert [step.is_best for step in last[-2:]] == [False, False] or len(ends) == 60
-    assert len(ends) < 60
-    assert fit.epoch == len(ends)
+    fit.run(note)
+
+    assert [step.is_best for step in ends[-2:]] == [False, False]
+    assert fit.epoch == len(ends) < 60
+    assert not changed(model, best[-1])
     assert holdout_accuracies(model, given) == fit.best_accuracies
     assert fit.best_accuracies == ends[fit.best_epoch - 1].accuracies
 
@@ -250,24 +254,52 @@ def test_an_influence_is_asked_in_order_and_has_the_last_word() -> None:
     assert model.linear.weight[1].any()
 
 
+class Gradients(Influence):
+    """Keeps the gradients of the first batch; *strength* times the weights' squares on top."""
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        self.model, self.strength, self.found = model, strength, {}
+
+    def penalty(self) -> Any:
+        if not self.strength:
+            return None
+        return self.strength * sum(weight.square().sum() for weight in self.model.parameters())
+
+    def after_backward(self) -> None:
+        if not self.found:
+            self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            named = self.model.named_parameters()
+            self.found = {n: p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def first_gradients(part: TrainingPart, strength: float = 0.0) -> Gradients:
+    model = made("zoo")
+    seen = Gradients(model, strength)
+    Fit(model, material(), replace(part, epochs=1), where="r", influence=seen).run()
+    return seen
+
+
 @pytest.mark.parametrize("flag", [False, True])
-def test_a_penalty_moves_weights_whatever_scales_the_losses(flag: bool) -> None:
-    class Huge(Influence):
-        def __init__(self, model: nn.Module) -> None:
-            self.model = model
+def test_a_penalty_counts_in_full_whatever_scales_the_losses(flag: bool) -> None:
+    part = replace(PART, equilibrium=flag)
 
-        def penalty(self) -> Any:
-            return 10 * self.model.stem[0][0].weight.square().sum()
+    without, influenced = first_gradients(part), first_gradients(part, 3.0)
 
-    norms = []
-    for influenced in (False, True):
-        model = made("zoo")
-        part = replace(PART, equilibrium=flag, learning_rate=0.01)
-        influence = Huge(model) if influenced else None
-        Fit(model, material(), part, where="r", influence=influence).run()
-        norms.append(float(model.stem[0][0].weight.detach().norm()))
+    for name, gradient in influenced.found.items():
+        pull = gradient - without.found[name]
+        assert torch.allclose(pull, 6.0 * influenced.weights[name], rtol=1e-3, atol=1e-4)
 
-    assert norms[1] < 0.7 * norms[0]
+
+def test_exits_without_a_loss_do_not_count_in_the_equilibrium() -> None:
+    names = ("stem.0.0.weight", "blocks.0.first.0.weight", "blocks.1.first.0.weight")
+    tiny = (1e-30, 1.0, 1.0)
+    plain = first_gradients(replace(PART, exit_weights=tiny)).found
+
+    for weights, counts in ((tiny, (3, 2, 1)), ((0.0, 1.0, 1.0), (2, 2, 1))):
+        part = replace(PART, exit_weights=weights, equilibrium=True)
+        found = first_gradients(part).found
+        for name, count in zip(names, counts, strict=True):
+            assert torch.allclose(count * found[name], plain[name], rtol=1e-4, atol=1e-7)
 
 
 # ---------------------------------------------------------------- interruptions
@@ -354,3 +386,15 @@ def test_nan_is_seen_in_the_batch_that_makes_it_and_moves_no_weight() -> None:
 
     assert str(caught.value).endswith(f"batch {len(steps) + 1}")
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_weights_spoilt_by_the_last_step_are_not_kept() -> None:
+    class Spoil(Influence):
+        def after_step(self) -> None:
+            with torch.no_grad():
+                model.linear.weight[0, 0] = torch.inf
+
+    model, given = Plain(), material(20, 4)
+
+    with pytest.raises(UsageError, match=r"r: linear\.weight became NaN or infinite in epoch 1$"):
+        Fit(model, given, PART, where="r", influence=Spoil()).run()
