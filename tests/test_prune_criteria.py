@@ -741,19 +741,34 @@ def heldout_loss(model: nn.Module) -> float:
         return float(sum(cross_entropy(o, labels) for o in exit_outputs(model, inputs).values()))
 
 
-@pytest.mark.parametrize("name", ["kl", "taylor"])
-def test_at_equal_ratios_per_layer_it_hurts_less_than_chance(trained, name) -> None:
-    ours, chance = [], []
+@pytest.fixture(scope="module")
+def harm_of_chance(trained) -> float:
+    """How much held-out loss it costs, on average, to remove units by chance."""
+    harm = []
     for model, graph in trained:
-        intact = heldout_loss(model)
-        given = evidence(model, graph, batches=[bright_spots(64, seed=500)], weights=[1.0, 1.0])
-        scores = judged(name, "units", given)
-        ours.append(heldout_loss(without_lowest(model, graph, scores, 0.35)) - intact)
         for seed in range(5):
             drawn = judged("random", "units", evidence(model, graph, seed=seed))
-            chance.append(heldout_loss(without_lowest(model, graph, drawn, 0.35)) - intact)
+            child = without_lowest(model, graph, drawn, 0.35)
+            harm.append(heldout_loss(child) - heldout_loss(model))
+    return float(np.mean(harm))
 
-    assert 0 < np.mean(ours) < 0.75 * np.mean(chance)
+
+# Not the statistics of TLC and NEPENTHE: they say which layers are linear, not which channels
+# are of little use, and do no better than chance at that.
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("kl", 0.7), ("taylor", 0.7), ("l1", 0.9), ("l2", 0.9), ("bn-gamma", 0.9), ("crop-s", 0.9)],
+)
+def test_at_equal_ratios_per_layer_it_hurts_less_than_chance(
+    trained, harm_of_chance, name, most
+) -> None:
+    harm = []
+    for model, graph in trained:
+        given = evidence(model, graph, batches=[bright_spots(64, seed=500)], weights=[1.0, 1.0])
+        child = without_lowest(model, graph, judged(name, "units", given), 0.35)
+        harm.append(heldout_loss(child) - heldout_loss(model))
+
+    assert 0 < np.mean(harm) < most * harm_of_chance
 
 
 def gradient_flow(model: nn.Module, graph: Graph) -> float:
@@ -779,4 +794,4 @@ def test_crop_keeps_the_gradients_of_an_untrained_network_flowing() -> None:
             child = without_lowest(model, graph, drawn, 0.35)
             chance.append(abs(gradient_flow(child, graph) - flow) / flow)
 
-    assert np.mean(ours) < 0.6 * np.mean(chance)
+    assert np.mean(ours) < 0.75 * np.mean(chance)
