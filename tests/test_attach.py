@@ -1,16 +1,14 @@
-"""Exits for plain networks: the right places, the right share, and the whole road to a policy."""
+"""`edgeexit attach`: the network stays what it was, and the road leads on to a policy."""
 
 import json
+import shutil
 from collections.abc import Callable
-from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("litert_torch")
@@ -20,143 +18,16 @@ from edgeexit.cli import entry  # noqa: E402
 from edgeexit.errors import BadFile, Unsupported, UsageError  # noqa: E402
 from edgeexit.host import attach as attach_module  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
-from edgeexit.host.attach import Tap, attach_exits, choose_taps, list_taps, tap_points  # noqa: E402
+from edgeexit.host.attach import attach_exits, list_taps  # noqa: E402
 from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.surgery import remove_block, remove_units  # noqa: E402
 from edgeexit.preprocess import Preprocess, real_values  # noqa: E402
+from tests import user_net  # noqa: E402
 
 pytestmark = pytest.mark.host
 
-# What a user has: plain networks in the manner of torchvision, and their weights.
-USER_CODE = '''
-import torch
-from torch import nn
-
-
-class Basic(nn.Module):
-    def __init__(self, inputs, outputs, stride):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.downsample = None
-        if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-
-    def forward(self, x):
-        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
-        out += x if self.downsample is None else self.downsample(x)
-        return self.relu(out)
-
-
-class ResNet18(nn.Module):
-    def __init__(self, widths=(8, 16, 24, 32), classes=4):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.relu = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool2d(3, 2, 1)
-        inputs = widths[0]
-        for number, outputs in enumerate(widths, start=1):
-            stage = nn.Sequential(
-                Basic(inputs, outputs, 1 if number == 1 else 2), Basic(outputs, outputs, 1)
-            )
-            setattr(self, f"layer{number}", stage)
-            inputs = outputs
-        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(inputs, classes)
-
-    def forward(self, x):
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(torch.flatten(self.avgpool(x), 1))
-
-
-class Inverted(nn.Module):
-    def __init__(self, inputs, outputs, stride, expansion):
-        super().__init__()
-        inner = inputs * expansion
-        self.shortcut = stride == 1 and inputs == outputs
-        layers = []
-        if expansion != 1:
-            layers += [nn.Conv2d(inputs, inner, 1, bias=False), nn.BatchNorm2d(inner), nn.ReLU6()]
-        layers += [
-            nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False),
-            nn.BatchNorm2d(inner),
-            nn.ReLU6(),
-            nn.Conv2d(inner, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
-        ]
-        self.conv = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return x + self.conv(x) if self.shortcut else self.conv(x)
-
-
-def unit(inputs, outputs, kernel):
-    conv = nn.Conv2d(inputs, outputs, kernel, 1, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU6())
-
-
-class MobileNetV2(nn.Module):
-    def __init__(self, classes=4):
-        super().__init__()
-        layers = [unit(3, 8, 3)]
-        inputs = 8
-        for expansion, outputs, count, stride in [
-            (1, 8, 1, 1), (4, 12, 2, 2), (4, 16, 2, 2), (4, 24, 1, 1)
-        ]:
-            for k in range(count):
-                layers.append(Inverted(inputs, outputs, stride if k == 0 else 1, expansion))
-                inputs = outputs
-        layers.append(unit(24, 48, 1))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(48, classes))
-
-    def forward(self, x):
-        return self.classifier(self.features(x).mean([2, 3]))
-
-
-class Dense(nn.Module):
-    """Every layer sees all before it: only the transition is on the main path."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Conv2d(3, 4, 3, 1, 1)
-        self.second = nn.Conv2d(4, 4, 3, 1, 1)
-        self.third = nn.Conv2d(8, 4, 3, 1, 1)
-        self.transition = nn.Conv2d(12, 6, 1)
-        self.last = nn.Conv2d(6, 6, 3, 2, 1)
-        self.fc = nn.Linear(6, 4)
-
-    def forward(self, x):
-        a = torch.relu(self.first(x))
-        b = torch.relu(self.second(a))
-        c = torch.relu(self.third(torch.cat([a, b], 1)))
-        x = torch.relu(self.transition(torch.cat([a, b, c], 1)))
-        return self.fc(torch.relu(self.last(x)).mean((2, 3)))
-
-
-class Tuples(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = ResNet18()
-        self.both = Both()
-
-    def forward(self, x):
-        return self.net(self.both(x)[0])
-
-
-class Both(nn.Module):
-    def forward(self, x):
-        return x, x
-'''
 COLOUR = Preprocess(
     kind="image",
     size=(12, 12),
@@ -173,13 +44,6 @@ CLASSES = ["0", "1", "2", "3"]
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def user_net() -> Any:
-    namespace: dict[str, Any] = {}
-    exec(compile(USER_CODE, "user_net.py", "exec"), namespace)
-    return namespace
 
 
 @pytest.fixture
@@ -224,97 +88,6 @@ PLAIN = {
 def plain(path: Path, **changes: Any) -> Path:
     kwargs = PLAIN | changes
     return saved(path, zoo.resnet(**kwargs), kwargs=kwargs)
-
-
-# ---------------------------------------------------------------- where exits can go
-
-
-def names(taps: list[Tap]) -> list[str]:
-    return [tap.name for tap in taps]
-
-
-def test_taps_of_a_resnet_are_its_pooled_stem_and_its_blocks(user_net: Any) -> None:
-    taps = tap_points(user_net["ResNet18"](), SHAPE)
-
-    blocks = ["layer1.0", "layer1", "layer2.0", "layer2", "layer3.0", "layer3", "layer4.0"]
-    assert names(taps) == ["maxpool", *blocks]
-    assert taps[0].shape == (1, 8, 6, 6)
-    assert taps[3].shape == (1, 16, 3, 3)
-
-
-def test_taps_of_a_mobilenet_lie_behind_every_block(user_net: Any) -> None:
-    taps = tap_points(user_net["MobileNetV2"](), SHAPE)
-
-    assert {f"features.{k}" for k in range(7)} <= set(names(taps))
-    assert "features.7" not in names(taps)  # only the last layer is behind it
-    # Inside of a block with a shortcut there are two paths.
-    assert not [name for name in names(taps) if name.startswith(("features.3.", "features.5."))]
-
-
-def test_a_tap_hands_over_one_tensor(user_net: Any) -> None:
-    assert names(tap_points(user_net["Dense"](), SHAPE)) == ["first", "transition"]
-
-
-def test_a_network_without_inner_layers_has_no_taps() -> None:
-    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 4))
-
-    assert tap_points(flat, SHAPE) == []
-
-
-@pytest.mark.parametrize("name", ["resnet8", "mobilenet", "vit", "dscnn", "conv1d"])
-def test_costs_rise_towards_the_end_and_count_what_lies_before(name: str) -> None:
-    net = zoo.ZOO[name]
-    model = net()
-    before = [weight.requires_grad for weight in model.parameters()]
-
-    taps = tap_points(model, net.input_shape)
-
-    macs = [tap.macs for tap in taps]
-    assert macs == sorted(set(macs))
-    assert 0 < taps[0].share < taps[-1].share < 1
-    graph = analyse(model, net.input_shape)
-    total = graph.exit_macs()[graph.exits[-1]]
-    for tap in taps:
-        assert tap.share == tap.macs / total
-    assert [weight.requires_grad for weight in model.parameters()] == before
-    if name == "resnet8":  # by hand: 3x3 of the stem, then two 3x3 on 16 channels
-        assert macs[:2] == [27 * 16 * 1024, 27 * 16 * 1024 + 2 * 144 * 16 * 1024]
-
-
-# ---------------------------------------------------------------- where they should go
-
-
-@given(
-    st.lists(st.floats(0, 1), min_size=1, max_size=9, unique=True),
-    st.integers(1, 9),
-)
-@settings(max_examples=25, deadline=None)
-def test_no_other_choice_lies_nearer_to_equal_shares(shares: list[float], count: int) -> None:
-    taps = [Tap(name=str(s), shape=(1, 2), macs=1, share=s) for s in sorted(shares)]
-    if count > len(taps):
-        with pytest.raises(UsageError, match="places"):
-            choose_taps(taps, count)
-        return
-    step = 0.9 / count if count >= 6 else 1 / (count + 1)
-
-    def off(chosen: Any) -> float:
-        return sum((tap.share - (k + 1) * step) ** 2 for k, tap in enumerate(chosen))
-
-    chosen = choose_taps(taps, count)
-
-    assert off(chosen) == pytest.approx(min(map(off, combinations(taps, count))))
-    assert chosen == sorted(chosen, key=lambda tap: tap.share)
-    assert len(set(names(chosen))) == count
-
-
-def test_six_exits_lie_where_shallow_deep_networks_have_them() -> None:
-    taps = tap_points(zoo.ZOO["resnet56"](), (1, 3, 32, 32))
-
-    for tap, share in zip(choose_taps(taps, 6), (0.15, 0.3, 0.45, 0.6, 0.75, 0.9), strict=True):
-        assert tap.share == pytest.approx(share, abs=0.02)
-
-
-# ---------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("head", ["average", "pooled", "convs"])
@@ -383,12 +156,12 @@ def test_a_thinned_plain_network_takes_exits(here: Path) -> None:
 # ---------------------------------------------------------------- refusals
 
 
-def test_refusals_name_what_is_wrong(here: Path, user_net: Any) -> None:
+def test_refusals_name_what_is_wrong(here: Path) -> None:
     plain(here / "net.pt")
     plain(here / "exits.pt", exits=[1])
     foreign = {"arch": "user_net:Tuples", "kwargs": {}}
-    (here / "user_net.py").write_text(USER_CODE)
-    saved(here / "foreign.pt", user_net["Tuples"](), **foreign)
+    shutil.copy(user_net.__file__, here / "user_net.py")
+    saved(here / "foreign.pt", user_net.Tuples(), **foreign)
     torch.save(zoo.resnet(**PLAIN).state_dict(), "bare.pth")
     one_layer = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(432, 4))
     (here / "flat_net.py").write_text(
@@ -508,19 +281,18 @@ def learnt(model: Any, samples: np.ndarray, labels: np.ndarray) -> Any:
 )
 def test_five_commands_lead_from_a_plain_network_to_a_tuned_bundle(
     here: Path,
-    user_net: Any,
     capsys: pytest.CaptureFixture[str],
     name: str,
     is_bare: bool,
 ) -> None:
-    (here / "user_net.py").write_text(USER_CODE)
+    shutil.copy(user_net.__file__, here / "user_net.py")
     samples, labels = pictures(600, seed=0)
     np.savez(here / "training.npz", samples=samples, labels=labels)
     others, their_labels = pictures(800, seed=1)
     np.savez(here / "others.npz", samples=others, labels=their_labels)
     make_set(here / "others.npz", here / "quarters", preprocess=COLOUR)
     torch.manual_seed(0)
-    model = learnt(user_net[name](), samples, labels)
+    model = learnt(getattr(user_net, name)(), samples, labels)
     arch = ["--arch", f"user_net:{name}"]
     if is_bare:
         torch.save(model.state_dict(), here / "net.pt")

@@ -111,7 +111,9 @@ def command(
 
 def _table(rows: "Sequence[Row]") -> str:
     total = rows[-1].latency_ms
-    lines: list[tuple[str, ...]] = [("exit", "at", "output", "MACs", "of all", "int8 ms", "of all")]
+    lines: list[tuple[str, ...]] = [
+        ("exit", "at", "output", "MACs", "of all", "head", "int8 ms", "of all")
+    ]
     for row in rows:
         shape = "" if row.shape is None else "x".join(map(str, row.shape[1:]))
         ms = row.latency_ms
@@ -122,14 +124,15 @@ def _table(rows: "Sequence[Row]") -> str:
                 shape,
                 f"{row.macs:,}",
                 f"{row.share:.1%}",
+                "" if row.head_macs is None else f"{row.head_macs:,}",
                 "-" if ms is None else f"{ms[0]:.3f} [{ms[1]:.3f}, {ms[2]:.3f}]",
                 "-" if ms is None or total is None else f"{ms[0] / total[0]:.0%}",
             )
         )
     if all(row.latency_ms is None for row in rows):
-        lines = [line[:5] for line in lines]
-    if not any(row.exit for row in rows[:-1]):
-        lines = [line[1:] for line in lines]
+        lines = [line[:6] for line in lines]
+    if not any(row.exit for row in rows[:-1]):  # a list: nothing has been attached
+        lines = [(*line[1:5], *line[6:]) for line in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     left = {"exit", "at", "output"}
     heads = lines[0]
