@@ -28,8 +28,9 @@ pytestmark = pytest.mark.host
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def same_weights() -> None:
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 class Head(nn.Module):
@@ -191,6 +192,58 @@ def test_dead_units_can_be_removed_without_changing_an_answer() -> None:
     for (inputs, _), logits in zip(data, before, strict=True):
         for old, new in zip(logits, net(inputs), strict=True):
             assert torch.allclose(old, new, atol=1e-6)
+
+
+def test_a_unit_that_one_batch_or_one_reader_needs_is_alive() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(2, 2, bias=False)
+            self.heads = nn.ModuleList(nn.Linear(2, 3) for _ in range(2))
+
+        def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+            y = self.body(x)
+            return [self.heads[0](torch.relu(y)), self.heads[1](torch.relu(-y))]
+
+    net = Two()
+    graph = analyse(net, (1, 2))
+    net.body.weight.data = torch.eye(2)
+    rows = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0]])]
+    labels = torch.zeros(1, dtype=torch.int64)
+
+    assert dead_units(net, graph, [(rows[1], labels)]) == {"body": pytest.approx([1])}
+    assert dead_units(net, graph, [(row, labels) for row in rows])["body"].tolist() == [1]
+    assert dead_units(net, graph, [(-rows[0], labels)])["body"].tolist() == [1]
+    both = [(torch.tensor([[1.0, -1.0]]), labels), (rows[1], labels)]
+    assert dead_units(net, graph, both) == {}
+
+
+class Reused(nn.Module):
+    """One ReLU module that acts twice, as in torchvision's residual blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.logits = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.act = nn.ReLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.act(self.first(x))
+        return self.logits(self.act(y + self.act(self.second(y))))
+
+
+def test_a_module_that_acts_in_several_places_counts_with_its_highest_entropy() -> None:
+    model = Reused()
+    graph = analyse(model, (1, 2))
+    data = batches(16, 2)
+    model.second.bias.data.fill_(100.0)
+
+    found = state_entropy(model, graph, data)
+
+    assert found["second"].entropy() == 0
+    assert found["first"].entropy() > 0.1
+    assert linearisable(model, graph, data) == []
+    model.first.bias.data.fill_(100.0)
+    assert linearisable(model, graph, data) == ["act"]
 
 
 def test_of_a_dead_group_one_unit_stays() -> None:
