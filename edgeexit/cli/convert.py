@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     metavar="NAME|FOLDER|FILE.npz",
     help="samples for activation ranges; default: the set that the checkpoint names",
 )
+@click.option(
+    "--prune",
+    metavar="RECIPE.toml",
+    type=click.Path(path_type=Path),
+    help="prune first, into ./NAME-pruned.pt (see edgeexit prune)",
+)
 @click.option("--scheme", default="int8", show_default=True, help="int8 or float")
 @click.option(
     "--arch",
@@ -31,6 +37,7 @@ def command(
     model: Path,
     out: Path | None,
     calibration: str | None,
+    prune: Path | None,
     scheme: str,
     arch: str | None,
     as_json: bool,
@@ -45,13 +52,24 @@ def command(
     edgeexit convert model.pt                            # -> ./model.edgeexit
     edgeexit convert model.pt --calibration pictures/    # class subfolders
     edgeexit convert model.pt --scheme float -o reference.edgeexit
+    edgeexit convert model.pt --prune smaller.toml       # prune on the way
     """
     require_host("convert")
     from edgeexit.host.convert import convert
 
+    if prune is not None:
+        out = Path(f"{model.stem}.edgeexit") if out is None else out
+        model = _pruned(model, prune, arch)
     steps = Steps()
     bundle = convert(model, out, calibration, scheme, arch, steps)
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
+
+
+def _pruned(model: Path, recipe: Path, arch: str | None) -> Path:
+    from edgeexit.cli.prune import pruning
+    from edgeexit.host.prune.recipe import read_prune_recipe
+
+    return pruning(model, read_prune_recipe(recipe), Path(f"{model.stem}-pruned.pt"), arch).path
 
 
 def _peak_bytes() -> int:

@@ -10,7 +10,7 @@ from edgeexit.cli.fitting import Bars
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
-    from edgeexit.host.prune.engine import Progress
+    from edgeexit.host.prune.engine import Progress, Pruning
     from edgeexit.host.prune.recipe import PruneRecipe
 
 AXES = ("criterion", "block_criterion", "allocator", "schedule", "scope", "selector", "phase")
@@ -97,19 +97,9 @@ def command(
     """
     import json
 
-    from edgeexit.host.prune.engine import prune
-
     recipe = _recipe(options)
     target = Path(f"{model.stem}-pruned.pt") if out is None else out
-    display = _Display()
-    try:
-        result = prune(model, recipe, target, arch=arch, again=again, on_step=display)
-    except KeyboardInterrupt as error:
-        click.echo(f"\nStopped after {display.steps} whole steps.", err=True)
-        click.echo("The same command goes on from there.", err=True)
-        raise click.Abort from error
-    finally:
-        display.close()
+    result = pruning(model, recipe, target, arch, again)
     comparison = None
     if measure:
         from edgeexit.cli.fitting import compared
@@ -135,6 +125,23 @@ def command(
             f"{last['compressed_bytes']:,} bytes: a smaller download, no lower latency."
         )
     click.echo(comparison.text() if comparison is not None else _accuracies(result.accuracies))
+
+
+def pruning(
+    model: Path, recipe: "PruneRecipe", out: Path, arch: str | None, again: bool = False
+) -> "Pruning":
+    """Prune *model* into *out* and show how it goes; Ctrl-C says how to go on."""
+    from edgeexit.host.prune.engine import prune
+
+    display = _Display()
+    try:
+        return prune(model, recipe, out, arch=arch, again=again, on_step=display)
+    except KeyboardInterrupt as error:
+        click.echo(f"\nStopped after {display.steps} whole steps.", err=True)
+        click.echo("The same command goes on from there.", err=True)
+        raise click.Abort from error
+    finally:
+        display.close()
 
 
 def _accuracies(accuracies: tuple[dict[str, float], dict[str, float]]) -> str:

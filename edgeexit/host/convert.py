@@ -158,6 +158,7 @@ class _Network:
     class_names: tuple[str, ...]
     preprocess: Preprocess
     training_bloom: bytes | None
+    metadata: Mapping[str, Any]
     source: str
 
 
@@ -183,6 +184,7 @@ def _load(path: Path, arch: str | None, calibration: Path | str | None) -> _Netw
         class_names=checkpoint.class_names,
         preprocess=checkpoint.preprocess,
         training_bloom=checkpoint.training_bloom,
+        metadata=checkpoint.metadata,
         source=_source(checkpoint, calibration),
     )
 
@@ -271,9 +273,11 @@ def _provenance(
     network: _Network, ranges: _Ranges, quantized: quantize.Quantized
 ) -> dict[str, Any]:
     """What the bundle was made of and how well it went; no path, no time, no machine."""
+    pruning = network.metadata.get("pruning")
     return {
         "model_digest": network.digest,
         "arch": network.arch,
+        **({} if pruning is None else {"pruning": _pruning(pruning)}),
         "ranges": {
             "samples": ranges.samples.name,
             "count": len(ranges.samples),
@@ -285,3 +289,10 @@ def _provenance(
         "outside_xnnpack": dict(quantized.outside_xnnpack),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _pruning(made: Any) -> Any:
+    """What the checkpoint's metadata say of its pruning, without the steps."""
+    if not isinstance(made, dict):
+        return made
+    return {key: made.get(key) for key in ("composition", "before", "after")}
