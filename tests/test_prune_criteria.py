@@ -214,6 +214,20 @@ def test_only_what_needs_samples_asks_for_them(name, kind) -> None:
         assert judged(name, kind, given)
 
 
+SIGNS_ALONE = {"random", "state-entropy", "bn-statistics"}  # to them NaN is just not positive
+
+
+@pytest.mark.parametrize(("name", "kind"), [pair for pair in EVERY if pair[0] not in SIGNS_ALONE])
+def test_a_network_that_has_diverged_is_refused(name, kind) -> None:
+    model, graph = network("resnet")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+
+    with pytest.raises(UsageError, match="not finite"):
+        judged(name, kind, evidence(model, graph))
+
+
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [1.0, float("nan")]])
 def test_exit_weights_that_make_no_sense_are_refused(weights) -> None:
     model, graph = network("resnet")

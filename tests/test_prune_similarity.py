@@ -109,6 +109,13 @@ def test_matrices_that_cannot_be_compared_are_refused(shapes) -> None:
         cka(*(matrix(0, *shape) for shape in shapes))
 
 
+def test_features_of_a_diverged_network_are_refused() -> None:
+    x = matrix(0, 4, 2)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="not finite"):
+            cka(x, torch.full((4, 2), bad))
+
+
 # ---------------------------------------------------------------- at the exits
 
 

@@ -9,11 +9,13 @@ live in modules of their own.
 import math
 import zlib
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
+from edgeexit.errors import UsageError
 from edgeexit.host.graph import Graph, Group
 from edgeexit.host.prune.ablation import cka_blocks, kl, kl_blocks
 from edgeexit.host.prune.evidence import (
@@ -264,7 +266,33 @@ def state_entropies_of_blocks(evidence: Evidence) -> BlockScores:
     return scores
 
 
-CRITERIA: dict[str, Criterion] = {
+# ---------------------------------------------------------------- by name
+
+Scores = TypeVar("Scores", UnitScores, BlockScores, EntryScores)
+
+
+def _finite(
+    name: str, judge: Callable[[Evidence], Scores] | None
+) -> Callable[[Evidence], Scores] | None:
+    """*judge*, but UsageError where a score is no number: sorted, it would stand anywhere."""
+    if judge is None:
+        return None
+
+    def judged(evidence: Evidence) -> Scores:
+        scores = judge(evidence)
+        for part, score in scores.items():
+            if not bool(torch.isfinite(torch.as_tensor(score)).all()):
+                raise UsageError(
+                    f"criterion {name}: the score of {part} is not finite",
+                    hint="the network has weights or activations that are not: train it again, "
+                    "with a smaller learning_rate",
+                )
+        return scores
+
+    return judged
+
+
+_CRITERIA: dict[str, Criterion] = {
     "random": Criterion(units=random_units, blocks=random_blocks, entries=random_entries),
     "l1": Criterion(
         units=lambda evidence: filter_norms(evidence, _sum),
@@ -284,4 +312,12 @@ CRITERIA: dict[str, Criterion] = {
     "magnitude": Criterion(entries=magnitude),
     "snip": Criterion(entries=snip),
     "force": Criterion(entries=force),
+}
+CRITERIA: dict[str, Criterion] = {
+    name: Criterion(
+        units=_finite(name, one.units),
+        blocks=_finite(name, one.blocks),
+        entries=_finite(name, one.entries),
+    )
+    for name, one in _CRITERIA.items()
 }

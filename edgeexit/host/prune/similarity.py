@@ -23,12 +23,18 @@ def cka(one: torch.Tensor, other: torch.Tensor) -> float:
 
     ||X'Y||^2 / (||X'X|| ||Y'Y||), Frobenius norms, columns centred, in float64 (Kornblith et
     al. 2019, arXiv 1905.00414). 1 means equal up to rotation and scale. A constant matrix has
-    no direction to compare: 1 against another constant one, else 0.
+    no direction to compare: 1 against another constant one, else 0. UsageError for matrices that
+    do not fit together or are not finite.
     """
     if one.ndim != 2 or other.ndim != 2 or len(one) != len(other) or len(one) < 2:
         raise UsageError(
             f"CKA: found {list(one.shape)} and {list(other.shape)}, expected two matrices of the "
             "same two or more samples"
+        )
+    if not bool(torch.isfinite(one).all()) or not bool(torch.isfinite(other).all()):
+        raise UsageError(
+            "CKA: the network's features are not finite",
+            hint="train it again, with a smaller learning_rate",
         )
     x, y = _centred(one), _centred(other)
     if min(x.shape[1], y.shape[1]) > len(x):
