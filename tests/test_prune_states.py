@@ -13,6 +13,7 @@ from torch import nn  # noqa: E402
 
 from edgeexit.errors import UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
+from edgeexit.host.folding import linearise  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
 from edgeexit.host.prune.states import (  # noqa: E402
     States,
@@ -20,6 +21,7 @@ from edgeexit.host.prune.states import (  # noqa: E402
     dead_units,
     linearisable,
     relevance,
+    silence,
     state_entropy,
 )
 from edgeexit.host.surgery import remove_units  # noqa: E402
@@ -244,6 +246,22 @@ def test_a_module_that_acts_in_several_places_counts_with_its_highest_entropy() 
     assert linearisable(model, graph, data) == []
     model.first.bias.data.fill_(100.0)
     assert linearisable(model, graph, data) == ["act"]
+
+
+def test_with_its_dead_units_silenced_an_activation_can_go() -> None:
+    model = Head()
+    graph = analyse(model, (1, 1, 6, 6))
+    data = batches(8, 1, 6, 6)
+    model.act = nn.ReLU()
+    model.norm.bias.data = torch.tensor([50.0, 50.0, -50.0, 50.0])
+    before = model(data[0][0])
+
+    assert linearisable(model, graph, data) == ["act"]
+    silence(model, graph, dead_units(model, graph, data))
+    linearise(model, "act")
+
+    assert torch.allclose(before, model(data[0][0]), atol=1e-5)
+    assert model.conv.weight.shape[0] == 4
 
 
 def test_of_a_dead_group_one_unit_stays() -> None:

@@ -6,7 +6,7 @@ watched call by call, so that functions such as torch.relu count like modules do
 shortcut counts for every layer that it adds up.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,6 @@ ACTIVATION_MODULES = (
     nn.Hardswish,
     nn.LeakyReLU,
     nn.ELU,
-    nn.PReLU,
     nn.Mish,
     nn.Tanh,
     nn.Sigmoid,
@@ -250,7 +249,7 @@ def linearisable(
 
     Used in several places, a module counts with its highest entropy. Activations that are
     functions in a forward cannot be replaced and are not listed. Replacing one is exact on
-    *batches* only if its neurons are always on: remove dead_units first, retrain after.
+    *batches* only if its neurons are always on: remove or silence dead_units first.
     """
     entropies: dict[str, float] = {}
     for states in _sites(model, graph, batches):
@@ -302,3 +301,19 @@ def dead_units(model: nn.Module, graph: Graph, batches: Batches) -> dict[str, Co
         if group.consumers and len(off):
             dead[name] = off[len(off) == group.size :]
     return {name: units for name, units in dead.items() if len(units)}
+
+
+def silence(model: nn.Module, graph: Graph, units: Mapping[str, Counts]) -> None:
+    """
+    Zero all weights that make *units* (group -> indices), in place; shapes stay.
+
+    That is their removal without its gain. With dead_units it makes linearising an activation
+    exact whose other neurons are always on: what was off would otherwise pass its negative values.
+    """
+    with torch.no_grad():
+        for name, chosen in units.items():
+            for (module, side), positions in graph.groups[name].places.items():
+                if side != "in":
+                    rows = torch.from_numpy(positions[chosen].reshape(-1))
+                    for weight in model.get_submodule(module).parameters(recurse=False):
+                        weight[rows] = 0
