@@ -1,16 +1,24 @@
 """Recovering: what the real int8 file loses is brought back, and nothing worse is kept."""
 
 import copy
+import json
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 pytestmark = pytest.mark.host
 torch = pytest.importorskip("torch")
 pytest.importorskip("litert_torch")
 
-from edgeexit.errors import UsageError  # noqa: E402
+from edgeexit.cli.train import command  # noqa: E402
+from edgeexit.errors import Unsupported, UsageError  # noqa: E402
+from edgeexit.host import assess as assess_room  # noqa: E402
 from edgeexit.host import recover as room  # noqa: E402
+from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.fakequant import Simulated  # noqa: E402
 from edgeexit.host.fit import holdout_accuracies  # noqa: E402
 from edgeexit.host.recipe import TrainingPart  # noqa: E402
@@ -70,7 +78,7 @@ def test_a_fine_tune_that_diverges_is_reported_and_a_wrong_part_is_refused() -> 
     given = (trained.material(), wild, trained.reals())
     assert not quantization_aware(model, *given, where="test")
     large = TrainingPart(epochs=1, batch=4096, learning_rate=0.1)
-    with pytest.raises(UsageError, match="training.batch"):
+    with pytest.raises(UsageError, match="found 4096"):
         quantization_aware(trained.net(), given[0], large, given[2], where="test")
 
 
@@ -117,6 +125,77 @@ def test_only_what_the_int8_file_gains_by_is_kept(monkeypatch) -> None:
     ]
     assert found.best.name == "correct biases"
     assert same(files.judged[2], model.state_dict())
+
+
+def checkpoint_in(folder: Path) -> tuple[Path, list[str]]:
+    """A hostile network's checkpoint, and the options that name its samples."""
+    model = trained.net()
+    trained.make_hostile(model, 1000.0)
+    found = trained.material()
+    np.savez(folder / "some.npz", samples=found.data.samples, labels=found.data.labels)
+    save_checkpoint(
+        folder / "net.pt",
+        model=model,
+        arch="edgeexit.host.zoo:resnet",
+        kwargs=trained.KWARGS,
+        input_shape=trained.SHAPE,
+        class_names=found.data.class_names,
+        preprocess=trained.PREPROCESS,
+    )
+    return folder / "net.pt", ["--recover", "--data", str(folder / "some.npz"), "--holdout", "300"]
+
+
+def test_the_command_writes_the_best_weights(monkeypatch, tmp_path) -> None:
+    files = scripted(monkeypatch, [0.3, 0.9, 0.2, 0.1])
+    path, said = checkpoint_in(tmp_path)
+    done = CliRunner().invoke(command, [str(path), *said, "--json"], catch_exceptions=False)
+    document = json.loads(done.stdout)
+    assert document["checkpoint"] == str(tmp_path / "net-recovered.pt")
+    assert document["attempts"][1] == {
+        "name": "equalise channels",
+        "int8_accuracies": {"exit0": 0.9, "exit1": 0.9},
+        "kept": True,
+    }
+    assert "int8, equalise channels ..." in done.stderr
+    written = load_checkpoint(tmp_path / "net-recovered.pt")
+    assert same(files.judged[1], written.model.state_dict())
+    assert written.metadata["recovery"]["attempts"] == document["attempts"]
+    assert written.metadata["recovered_from"] == load_checkpoint(path).digest
+    assert written.training_bloom is not None
+    again = CliRunner().invoke(command, [str(path), *said])
+    assert isinstance(again.exception, UsageError)
+    assert "--again" in again.exception.hint
+
+
+def test_a_recipe_or_a_regime_has_nothing_to_recover(tmp_path) -> None:
+    path, said = checkpoint_in(tmp_path)
+    for wrong in ([str(path), *said, "--regime", "joint"], [str(tmp_path / "some.toml"), *said]):
+        result = CliRunner().invoke(command, wrong)
+        assert isinstance(result.exception, UsageError)
+        assert "expected a checkpoint and no --regime" in str(result.exception)
+
+
+def test_training_shows_what_came_out_as_int8(monkeypatch, tmp_path) -> None:
+    measured = partial(assess_room.measured, processes=1)
+    monkeypatch.setattr(
+        assess_room, "measured", lambda bundle, *, seconds, on_step: measured(bundle, seconds=0.2)
+    )
+    path, said = checkpoint_in(tmp_path)
+    words = [str(path), *said[1:], "--epochs", "1", "--regime", "frozen", "--batch", "32"]
+    done = CliRunner().invoke(command, words, catch_exceptions=False)
+    assert "int8" in done.stdout
+    assert done.stdout.count(" before ") >= 2
+    assert "held-out training samples" in done.stdout
+    assert "judge" in done.stderr
+    monkeypatch.setattr(assess_room, "int8_bundle", _refuse)
+    done = CliRunner().invoke(command, [*words, "--again"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert "Not measured: cannot be lowered" in done.stderr
+    assert "% of the held-out samples right" in done.stdout
+
+
+def _refuse(*_args, **_kwargs) -> None:
+    raise Unsupported("cannot be lowered")
 
 
 def test_nothing_is_touched_where_int8_costs_little(monkeypatch) -> None:

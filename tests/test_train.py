@@ -27,7 +27,7 @@ from edgeexit.host.fit import Fit  # noqa: E402
 from edgeexit.host.model import attach  # noqa: E402
 from edgeexit.host.needs import needs  # noqa: E402
 from edgeexit.host.recipe import Augmentation, DataPart, read_recipe  # noqa: E402
-from edgeexit.host.train import Choices, Step, _seen, train  # noqa: E402
+from edgeexit.host.train import Choices, Step, seen, train  # noqa: E402
 from edgeexit.host.zoo import conv1d, resnet  # noqa: E402
 from edgeexit.overlap import Bloom, sample_digests  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
@@ -353,8 +353,9 @@ def test_erasing_and_noise_touch_the_share_they_should() -> None:
 def test_the_command_prints_one_document(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
 
-    done = CliRunner().invoke(command, [str(recipe), "--json"], catch_exceptions=False)
-    again = CliRunner().invoke(command, [str(recipe)], catch_exceptions=False)
+    said = [str(recipe), "--no-measure"]
+    done = CliRunner().invoke(command, [*said, "--json"], catch_exceptions=False)
+    again = CliRunner().invoke(command, said, catch_exceptions=False)
 
     document: dict[str, Any] = json.loads(done.stdout)
     assert document["checkpoint"] == str(tmp_path / "tiny.pt")
@@ -685,6 +686,7 @@ def test_wrong_choices_are_refused(tmp_path: Path, said: list[str], words: str) 
 def test_the_command_trains_a_checkpoint(tmp_path: Path) -> None:
     start = trained(tmp_path)
     said = ["--regime", "frozen", "--epochs", "2", "--batch", "16", "--no-flip", "--json"]
+    said.append("--no-measure")
 
     done = CliRunner().invoke(command, [str(start), *said], catch_exceptions=False)
 
@@ -748,10 +750,10 @@ def test_a_plain_state_dict_is_trained_with_a_set_that_says_what_it_is_for(
 def test_a_full_filter_gives_way_to_the_new_samples() -> None:
     few = np.arange(50, dtype=np.uint8).reshape(50, 1, 1, 1)
     many = np.random.default_rng(0).integers(0, 256, (4000, 1, 2, 2), dtype=np.uint8)
-    before = _seen(few, None)
+    before = seen(few, None)
 
-    assert _seen(few, before) == before
-    both = Bloom.from_bytes(_seen(many[:100], before))
+    assert seen(few, before) == before
+    both = Bloom.from_bytes(seen(many[:100], before))
     assert both.hits(sample_digests(few)).all()
     assert both.hits(sample_digests(many[:100])).all()
-    assert _seen(many, before) == _seen(many, None)
+    assert seen(many, before) == seen(many, None)

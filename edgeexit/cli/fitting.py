@@ -1,5 +1,6 @@
 """What the commands that train share: bars, and the comparison at the end."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,12 @@ from edgeexit.cli import progress
 from edgeexit.cli.steps import Steps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
+    from edgeexit.host.assess import Assessment
     from edgeexit.host.comparison import Comparison
     from edgeexit.host.fit import Step
     from edgeexit.host.recipe import DataPart
-
-RANGES_SAMPLES = 500
 
 
 class Bars:
@@ -51,50 +51,64 @@ def compared(
     before: Path, after: Path, data: "DataPart", calibration: str | None, arch: str | None
 ) -> "Comparison":
     """Both checkpoints as int8 on held-out training samples, their latencies raced here."""
-    import tempfile
-
-    from edgeexit.host.answers import RealSamples, spread
-    from edgeexit.host.assess import assess, held_out
-    from edgeexit.host.checkpoint import load_checkpoint
     from edgeexit.host.comparison import comparison
-    from edgeexit.host.graph import analyse
-    from edgeexit.host.prune.engine import training_half
-    from edgeexit.samples import is_set, load_samples
 
     steps = Steps()
-    networks = [load_checkpoint(path, arch=arch) for path in (before, after)]
-    material, _ = training_half(networks[1], str(after), data)
-    source = calibration or networks[1].calibration_set
-    if source is None:
-        some = material.training[spread(len(material.training))[:RANGES_SAMPLES]]
-        reals = RealSamples(material.data.samples[some], material.preprocess)
-    else:
-        facts = networks[1]
-        name = f"{source}:ranges" if is_set(source) else source
-        found = load_samples(
-            name, facts.preprocess, facts.class_names, facts.input_shape, labels_required=False
-        )
-        reals = RealSamples(found.samples, facts.preprocess)
+    paths = {"before": before, "after": after}
+    with _assessed(paths, data, calibration, arch, steps) as (old, new):
+        return comparison(old, new, on_step=lambda done: steps("race", done))
+
+
+def assessed(
+    path: Path, data: "DataPart", calibration: str | None, arch: str | None
+) -> "Assessment":
+    """The checkpoint as int8 on held-out training samples, its latencies measured here."""
+    with _assessed({"": path}, data, calibration, arch, Steps()) as (found,):
+        return found
+
+
+@contextmanager
+def _assessed(
+    paths: "Mapping[str, Path]",
+    data: "DataPart",
+    calibration: str | None,
+    arch: str | None,
+    steps: Steps,
+) -> "Iterator[list[Assessment]]":
+    """
+    The checkpoints, named for the steps shown, judged on one hold-out: the last one's.
+
+    Their bundles are there as long as the context.
+    """
+    import tempfile
+
+    from edgeexit.host.assess import assess, held_out, ranges_of
+    from edgeexit.host.checkpoint import load_checkpoint
+    from edgeexit.host.graph import analyse
+    from edgeexit.host.prune.engine import training_half
+
+    networks = {word: load_checkpoint(path, arch=arch) for word, path in paths.items()}
+    word, last = list(networks.items())[-1]
+    material, _ = training_half(last, str(paths[word]), data)
+    reals = ranges_of(last, material, calibration)
     samples, labels = held_out(material)
-    with tempfile.TemporaryDirectory() as folder:
-        judged = []
-        for word, network in zip(("before", "after"), networks, strict=True):
-            judged.append(
-                assess(
-                    network.model,
-                    graph=analyse(network.model, network.input_shape),
-                    samples=samples,
-                    labels=labels,
-                    preprocess=network.preprocess,
-                    input_shape=network.input_shape,
-                    class_names=network.class_names,
-                    reals=reals,
-                    folder=Path(folder) / f"{word}.edgeexit",
-                    on_step=_named(steps, word),
-                )
+    with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
+        yield [
+            assess(
+                network.model,
+                graph=analyse(network.model, network.input_shape),
+                samples=samples,
+                labels=labels,
+                preprocess=network.preprocess,
+                input_shape=network.input_shape,
+                class_names=network.class_names,
+                reals=reals,
+                folder=Path(folder) / f"net{number}.edgeexit",
+                on_step=_named(steps, word),
             )
-        return comparison(*judged, on_step=lambda done: steps("race", done))
+            for number, (word, network) in enumerate(networks.items())
+        ]
 
 
 def _named(steps: Steps, word: str) -> "Callable[[str, float], None]":
-    return lambda name, done: steps(f"{word}: {name}", done)
+    return lambda name, done: steps(f"{word}: {name}" if word else name, done)

@@ -20,20 +20,23 @@ from edgeexit.bundle import Bundle
 from edgeexit.device import environment, this_device
 from edgeexit.errors import UsageError
 from edgeexit.host.answers import RealSamples, spread
+from edgeexit.host.checkpoint import Checkpoint
 from edgeexit.host.convert import FEWEST_SAMPLES, OnStep, build
 from edgeexit.host.feed import to_input
-from edgeexit.host.fit import Material
 from edgeexit.host.graph import Graph, parameters
+from edgeexit.host.material import Material
 from edgeexit.host.model import exit_outputs
 from edgeexit.preprocess import Preprocess, real_values
 from edgeexit.profile import measure
 from edgeexit.report import milliseconds, text_table
 from edgeexit.runtime import Runner
+from edgeexit.samples import is_set, load_samples
 
 Interval = tuple[float, float, float]
 """A value with the ends of an interval around it."""
 
 MOST_JUDGED = 2000  # samples: their accuracy is known to about one point
+RANGES_SAMPLES = 500
 RACED = 40  # samples
 
 
@@ -168,6 +171,30 @@ def held_out(material: Material, most: int = MOST_JUDGED) -> tuple[NDArray[Any],
     """At most *most* of the held-out samples (N, ...), spread over all, and their labels."""
     chosen = material.holdout[np.sort(spread(len(material.holdout))[:most])]
     return material.data.samples[chosen], material.data.labels[chosen]
+
+
+def ranges_of(
+    checkpoint: Checkpoint, material: Material, calibration: str | None = None
+) -> RealSamples:
+    """
+    Samples for the activation ranges of *checkpoint*: those that convert would take.
+
+    That is the `ranges` split of the set that *calibration*, else the checkpoint names; a folder
+    or an .npz is taken whole. Without any, 500 of the training samples. UsageError or BadFile as
+    load_samples.
+    """
+    source = calibration or checkpoint.calibration_set
+    if source is None:
+        some = material.training[np.sort(spread(len(material.training))[:RANGES_SAMPLES])]
+        return RealSamples(material.data.samples[some], material.preprocess)
+    found = load_samples(
+        f"{source}:ranges" if is_set(source) else source,
+        checkpoint.preprocess,
+        checkpoint.class_names,
+        checkpoint.input_shape,
+        labels_required=False,
+    )
+    return RealSamples(found.samples, checkpoint.preprocess)
 
 
 def assess(

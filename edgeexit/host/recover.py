@@ -1,9 +1,10 @@
 """
 Bring back what int8 costs: even out channels, correct biases, then fine-tune a little.
 
-Callers see recover, and two of its remedies: bias_correct and quantization_aware. Hidden here:
-what counts is the real int8 file. Each remedy is tried on a copy, turned into that file and
-judged by its answers to held-out training samples; what makes them no better is thrown away.
+Callers see recover (a network in memory), recover_checkpoint (a file), and two of the remedies:
+bias_correct and quantization_aware. Hidden here: what counts is the real int8 file. Each remedy
+is tried on a copy, turned into that file and judged by its answers to held-out training samples;
+what makes them no better is thrown away.
 """
 
 import copy
@@ -18,19 +19,28 @@ import torch
 from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported, UsageError
-from edgeexit.host.answers import RealSamples, spread
-from edgeexit.host.assess import int8_accuracies, int8_bundle
+from edgeexit.host.answers import RealSamples
+from edgeexit.host.assess import (
+    float_accuracies,
+    held_out,
+    int8_accuracies,
+    int8_bundle,
+    ranges_of,
+)
+from edgeexit.host.checkpoint import load_checkpoint, save_again
 from edgeexit.host.equalise import equalise
 from edgeexit.host.fakequant import Simulated
 from edgeexit.host.feed import to_input
 from edgeexit.host.fit import Fit, Material, Step, holdout_accuracies
 from edgeexit.host.graph import analyse
-from edgeexit.host.recipe import TrainingPart
+from edgeexit.host.material import Origin
+from edgeexit.host.prune.engine import training_half
+from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
+from edgeexit.host.train import seen
 from edgeexit.preprocess import real_values
 from edgeexit.report import text_table
 
 THRESHOLD = 0.01
-MOST_JUDGED = 2000
 MOST_INPUTS = 256
 MOST_VALUES = 1 << 22  # of all inputs together: 256 of a thumbnail, 32 of 224x224x3
 
@@ -97,6 +107,77 @@ class Recovery:
                 for a in self.attempts
             ],
         }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovered:
+    """What recover_checkpoint wrote to *path*, and how it came to be."""
+
+    path: Path
+    recovery: Recovery
+
+    def to_document(self) -> dict[str, Any]:
+        """The result as plain values, for --json."""
+        return {"checkpoint": str(self.path), **self.recovery.to_document()}
+
+
+# Little is to be learnt anew, and nothing forgotten.
+FINE_TUNE = TrainingPart(epochs=3, batch=64, learning_rate=1e-3, distillation=0.5)
+
+
+def recover_checkpoint(
+    source: Path,
+    out: Path,
+    *,
+    arch: str | None = None,
+    again: bool = False,
+    data: DataPart | None = None,
+    moves: Mapping[str, Any] | None = None,
+    part: TrainingPart = FINE_TUNE,
+    calibration: str | None = None,
+    on_attempt: Callable[[str], None] | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> Recovered:
+    """
+    Recover the checkpoint *source* and write *out*, also where there was nothing to recover.
+
+    *data* names the training samples where the checkpoint does not, *moves* are changes of its
+    augmentation, *calibration* is as for convert.
+    UsageError if *out* is there and not *again*, or for data that will not do; otherwise as
+    load_checkpoint and recover. Nothing is written unless all went well.
+    """
+    if out.exists() and not again:
+        raise UsageError(
+            f"{out}: is there already", hint="name another file with -o, or replace it with --again"
+        )
+    checkpoint = load_checkpoint(source, arch=arch)
+    before = Origin.of(checkpoint.metadata, str(source)).augmentation or Augmentation()
+    material, origin = training_half(
+        checkpoint, str(source), data or DataPart(), replace(before, **(moves or {}))
+    )
+    recovery = recover(
+        checkpoint.model,
+        material,
+        part,
+        ranges_of(checkpoint, material, calibration),
+        input_shape=checkpoint.input_shape,
+        where=str(source),
+        on_attempt=on_attempt,
+        on_step=on_step,
+    )
+    save_again(
+        out,
+        checkpoint,
+        checkpoint.model,
+        training_digests=seen(material.data.samples, checkpoint.training_bloom),
+        metadata={
+            "recovered_from": checkpoint.digest,
+            "recovery": recovery.to_document(),
+            "holdout_accuracies": holdout_accuracies(checkpoint.model, material),
+            **origin.to_metadata(),
+        },
+    )
+    return Recovered(path=out, recovery=recovery)
 
 
 def typical(reals: RealSamples) -> torch.Tensor:
@@ -172,8 +253,7 @@ def recover(
     mean over the exits of the real int8 file's accuracy rises. *reals* give activation ranges.
     *on_attempt* hears a remedy's name before it is tried. Errors as int8_bundle and Fit.
     """
-    held = material.holdout[np.sort(spread(len(material.holdout))[:MOST_JUDGED])]
-    samples, labels = material.data.samples[held], material.data.labels[held]
+    samples, labels = held_out(material)
 
     def judged(candidate: nn.Module, name: str) -> tuple[Attempt, str]:
         with tempfile.TemporaryDirectory(prefix="edgeexit-") as folder:
@@ -211,7 +291,7 @@ def recover(
     kept = 0
     tell = on_attempt or (lambda name: None)
     tell("as it is")
-    floats = holdout_accuracies(model, material, held)
+    floats = float_accuracies(model, samples, labels, material.preprocess)
     first, ranges = judged(model, "as it is")
     attempts.append(first)
     for name, remedy in remedies.items():
@@ -228,7 +308,9 @@ def recover(
         if attempt.is_kept:
             kept, ranges = len(attempts) - 1, chosen
             model.load_state_dict(candidate.state_dict())
-    return Recovery(floats=floats, samples=len(held), threshold=threshold, attempts=tuple(attempts))
+    return Recovery(
+        floats=floats, samples=len(labels), threshold=threshold, attempts=tuple(attempts)
+    )
 
 
 def _mean(accuracies: Mapping[str, float]) -> float:

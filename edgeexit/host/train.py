@@ -324,7 +324,7 @@ class _Session:
                 start,
                 fit.model,
                 calibration_set=self.job.data.calibration_set or start.calibration_set,
-                training_digests=_seen(material.data.samples, start.training_bloom),
+                training_digests=seen(material.data.samples, start.training_bloom),
                 metadata={**metadata, "trained_from": start.digest},
             )
             return
@@ -337,7 +337,7 @@ class _Session:
             class_names=material.data.class_names,
             preprocess=start.preprocess,
             calibration_set=self.job.data.calibration_set,
-            training_digests=_seen(material.data.samples, None),
+            training_digests=seen(material.data.samples, None),
             metadata=metadata,
         )
 
@@ -359,8 +359,8 @@ def _unsound(path: Path, error: Exception) -> BadFile:
     )
 
 
-def _seen(samples: NDArray[Any], before: bytes | None) -> bytes:
-    """The filter of *samples* and of what the filter *before* knows, as far as it has room."""
+def seen(samples: NDArray[Any], before: bytes | None) -> bytes:
+    """The bytes of a filter of *samples* and of what the one *before* knows, if it has room."""
     digests = sample_digests(samples)
     if before is None:
         return Bloom.of(digests).to_bytes()
