@@ -2,21 +2,19 @@
 How long each layer takes as int8 on this machine, as a function of its widths.
 
 Callers see measure_table and LatencyTable. Every distinct kind of layer is built alone, in a grid
-of widths, and timed through the runtime that will run it. Hidden here: layers are timed in
-interleaved rounds whose common slowness cancels, what one call of the runtime costs is taken
-off, and the grid is made monotone, since no layer gets faster by growing. The surprise: halving
-both widths of a layer need not quarter its time; that is what the table is for.
+of widths, and timed through the runtime that will run it. Hidden here: widths are timed in
+interleaved rounds, in several passes over all layers, so that a busy spell of the machine
+spoils no layer as a whole; what one call of the runtime costs is taken off; and the grid is made
+monotone, since no layer gets faster by growing. The surprise: halving both widths of a layer
+need not quarter its time; that is what the table is for.
 """
 
 import math
-import statistics
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from random import Random
-from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -26,18 +24,18 @@ from torch import nn
 from edgeexit.device import environment, this_device
 from edgeexit.errors import BadFile, Unsupported, UsageError
 from edgeexit.files import Table, json_bytes, read_json, write_file
+from edgeexit.host import layer_timing
 from edgeexit.host.graph import Graph, Layer
-from edgeexit.host.one_layer import Shape, one_layer
-from edgeexit.interpreter import open_interpreter, runtime_name
+from edgeexit.host.layer_timing import Grid, affordable, timed
+from edgeexit.host.one_layer import Shape
+from edgeexit.interpreter import runtime_name
 from edgeexit.names import unknown
 
 # 1: first format.
 TABLE_FORMAT = 1
 STEP = 8  # widths are measured at multiples of it: kernels work on so many channels at once
-POINTS = 8  # most widths per axis
-BLOCK_NS = 150_000  # one timed block lasts about this long
-SHAPE_NS = 200_000_000  # one shape, all its widths together, is timed for about this long
-ROUNDS = (3, 25)  # fewest and most rounds
+# Next to nothing to compute: what is left is the runtime's call.
+_DISPATCH = Shape(kind="linear", places=(1,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +56,12 @@ class ShapeTimes:
         """
         (inputs, outputs) milliseconds without the *dispatch_ns* of a call, nowhere falling.
 
-        Medians over the rounds; each round first divided by how slow it was as a whole.
-        Where they fall with growing width they are replaced by the nearest rising values
-        (least largest deviation: halfway between the running maximum and minimum). A tenth of
-        what was measured stays: within a network, too, an operator costs something.
+        The fastest round counts: whatever else the machine does only adds. Where times fall with
+        growing width they are replaced by the nearest rising ones (least largest deviation:
+        halfway between the running maximum and minimum). A tenth of what was measured stays:
+        within a network, too, an operator costs something.
         """
-        rounds = np.array(self.rounds_ns)
-        slowness = np.median(rounds / np.median(rounds, axis=0), axis=1, keepdims=True)
-        found = np.median(rounds / slowness, axis=0).reshape(len(self.inputs), len(self.outputs))
+        found = np.array(self.rounds_ns).min(axis=0).reshape(len(self.inputs), len(self.outputs))
         up, down = found, found[::-1, ::-1]
         for axis in (0, 1):
             up = np.maximum.accumulate(up, axis=axis)
@@ -94,7 +90,7 @@ class LatencyTable:
 
     @cached_property
     def _grids(self) -> list[list[list[float]]]:
-        dispatch_ns = statistics.median(self.dispatch_ns)
+        dispatch_ns = min(self.dispatch_ns)
         return [times.grid_ms(dispatch_ns).tolist() for times in self.shapes]
 
     def milliseconds(self, layer: Layer | str, outputs: int, inputs: int) -> float:
@@ -283,9 +279,9 @@ def measure_table(
     Measure every distinct layer of *graph* (of *model*, for inputs of *input_shape*).
 
     *widths* are the channels to measure at beside the present ones, by default multiples of
-    STEP, at most POINTS per axis, fewer for slow layers; what no group can narrow stays as it
-    is. *on_step* is told how many of how many shapes are done. About SHAPE_NS per shape.
-    Unsupported for layers that cannot be measured alone.
+    STEP; layer_timing says how many of them there is time for. What no group can narrow stays
+    as it is. *on_step* is told how many of how many measurements are done. Unsupported for
+    layers that cannot be measured alone.
     """
     narrow = {place for group in graph.groups.values() for place in group.places}
     numbers: dict[tuple[Any, ...], int] = {}
@@ -295,20 +291,26 @@ def measure_table(
         free = ((name, "in") in narrow, (name, "out") in narrow)
         key = (shape, layer.inputs, layer.outputs, free)
         layers[name] = (numbers.setdefault(key, len(numbers)), _uses(layer, model))
-    dispatch = _time(Shape(kind="linear", places=(1,)), (1,), (1,))
-    shapes = []
+    grids: list[Grid] = [(_DISPATCH, (1,), (1,))]
     for shape, inputs, outputs, free in numbers:
         rows = (1,) if shape.kind == "depthwise" else _widths(inputs, widths, free[0])
-        shapes.append(_timed(shape, rows, _widths(outputs, widths, free[1])))
-        if on_step is not None:
-            on_step(len(shapes), len(numbers))
+        grids.append(affordable(shape, rows, _widths(outputs, widths, free[1])))
+    rounds: list[list[tuple[float, ...]]] = [[] for _ in grids]
+    for number in range(layer_timing.PASSES):
+        for k, grid in enumerate(grids):
+            rounds[k].extend(timed(grid, seed=number))
+            if on_step is not None:
+                on_step(number * len(grids) + k + 1, layer_timing.PASSES * len(grids))
     return LatencyTable(
         device=this_device(),
         runtime=runtime_name(),
         environment=environment(),
         input_shape=tuple(input_shape),
-        dispatch_ns=tuple(row[0] for row in dispatch),
-        shapes=tuple(shapes),
+        dispatch_ns=tuple(row[0] for row in rounds[0]),
+        shapes=tuple(
+            ShapeTimes(shape=shape, inputs=inputs, outputs=outputs, rounds_ns=tuple(found))
+            for (shape, inputs, outputs), found in list(zip(grids, rounds, strict=True))[1:]
+        ),
         layers=layers,
     )
 
@@ -351,68 +353,3 @@ def _widths(present: int, asked: Sequence[int] | None, is_free: bool) -> tuple[i
     if present <= STEP:
         return tuple(sorted({max(1, present // 2), present}))
     return (*range(STEP, present, STEP), present)
-
-
-def _thinned(widths: tuple[int, ...], points: int) -> tuple[int, ...]:
-    """At most *points* of *widths*, evenly spread, both ends among them."""
-    if len(widths) <= points:
-        return widths
-    places = np.rint(np.linspace(0, len(widths) - 1, max(points, 2))).astype(int)
-    return tuple(widths[place] for place in places)
-
-
-def _timed(shape: Shape, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> ShapeTimes:
-    """*shape* in as many of these widths as the time allows."""
-    slowest_ns = _call_ns(shape, inputs[-1], outputs[-1])
-    for points in range(POINTS, 1, -1):
-        rows, columns = _thinned(inputs, points), _thinned(outputs, points)
-        # Widths are spread evenly, so that a layer has about a quarter of the slowest's MACs.
-        round_ns = len(rows) * len(columns) * max(slowest_ns / 3, BLOCK_NS)
-        if ROUNDS[0] * round_ns <= SHAPE_NS:
-            break
-    return ShapeTimes(
-        shape=shape, inputs=rows, outputs=columns, rounds_ns=_time(shape, rows, columns)
-    )
-
-
-def _opened(shape: Shape, inputs: int, outputs: int) -> Callable[[], None]:
-    """The call that runs one such layer, warmed up."""
-    network = open_interpreter(one_layer(shape, inputs, outputs), where=f"{shape.kind} layer")
-    for _ in range(3):
-        network.invoke()
-    # Taken after the first call, which looks at more than the later ones.
-    return network.invoke
-
-
-def _call_ns(shape: Shape, inputs: int, outputs: int) -> float:
-    step = _opened(shape, inputs, outputs)
-    return min(_block_ns(step, 1) for _ in range(3))
-
-
-def _time(
-    shape: Shape, inputs: Sequence[int], outputs: Sequence[int]
-) -> tuple[tuple[float, ...], ...]:
-    """Rounds of mean nanoseconds per call; in a round all widths take turns in random order."""
-    steps = [_opened(shape, row, column) for row in inputs for column in outputs]
-    calls = [
-        max(1, math.ceil(BLOCK_NS / min(_block_ns(step, 1) for _ in range(3)))) for step in steps
-    ]
-    order = Random(0)
-    rounds: list[tuple[float, ...]] = []
-    began = perf_counter_ns()
-    while len(rounds) < ROUNDS[0] or (
-        len(rounds) < ROUNDS[1] and perf_counter_ns() - began < SHAPE_NS
-    ):
-        blocks = [0.0] * len(steps)
-        for k in order.sample(range(len(steps)), len(steps)):
-            steps[k]()  # back into the caches after the others
-            blocks[k] = round(_block_ns(steps[k], calls[k]), 1)
-        rounds.append(tuple(blocks))
-    return tuple(rounds)
-
-
-def _block_ns(step: Callable[[], None], calls: int) -> float:
-    began = perf_counter_ns()
-    for _ in range(calls):
-        step()
-    return max(1, perf_counter_ns() - began) / calls
