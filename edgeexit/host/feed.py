@@ -38,9 +38,12 @@ class TrainingSet:
 
 
 def to_input(real: NDArray[np.float32], preprocess: Preprocess) -> torch.Tensor:
-    """Real numbers (N, H, W, C) or (N, ...) as the network's input, without copying."""
+    """Real numbers (N, H, W, C) or (N, ...) as the network's input, contiguous in its layout."""
     tensor = torch.from_numpy(real)
-    return tensor.permute(0, 3, 1, 2) if preprocess.layout == "nchw" else tensor
+    if preprocess.layout != "nchw":
+        return tensor
+    # contiguous() would keep the strides of one-channel pictures, which say channels last.
+    return tensor.permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def training_samples(

@@ -427,6 +427,8 @@ class _Walk:
     def _view(self, node: fx.Node) -> Any:
         labels = self.labels[_args(node)[0]]
         move: Any = node.target
+        if getattr(move, "overloadpacket", move) in (aten.view, aten._unsafe_view):
+            move = aten.reshape  # repeated labels lie in memory once: they have no views
         return move(labels, *_args(node)[1:], **node.kwargs)
 
     def _getitem(self, node: fx.Node) -> Any:

@@ -201,6 +201,8 @@ class Removal:
             relevance = states.relevance(self.model, self.graph, self.evidence().batches)
         bills = []
         for name in names:
+            if name not in scores:
+                continue  # the criterion cannot judge it: it stays whole
             group = self.graph.groups[name]
             layer = self.graph.layers[group.producers[0]]
             kernel = tuple(self.model.get_parameter(f"{layer.name}.weight").shape[2:])
