@@ -175,6 +175,21 @@ def test_growth_ends_when_kept_units_are_far_larger() -> None:
     assert float(phase.factors["blocks.0.first.0"][0]) == pytest.approx(0.1)
 
 
+def test_a_growth_that_has_ended_does_not_begin_again_after_a_resume() -> None:
+    start = facts(units={"blocks.0.first.0": np.array([0])}, options={"delta": 0.1, "every": 1})
+    start.model.get_submodule("blocks.0.first.0").weight.data[0] *= 1e-4
+    first = Growing(start, "greg-1", picks=False)
+    backward(start.model)
+    first.after_backward()
+    start.model.get_submodule("blocks.0.first.0").weight.data[0] *= 1e4
+    second = Growing(start, "greg-1", picks=False)
+    second.load(first.state())
+
+    for phase in (first, second):
+        phase.after_backward()
+        assert float(phase.factors["blocks.0.first.0"][0]) == pytest.approx(0.1)
+
+
 @given(st.integers(2, 3000), st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_a_growth_fitted_to_a_phase_ends_before_it_does(iterations: int, picks: bool) -> None:
@@ -360,6 +375,24 @@ def test_blocks_come_closer_to_identity_under_the_regularizer(
     remove_block(trained_without, trained[1], "blocks.0")
     assert min(holdout_accuracies(without, MATERIAL).values()) > 0.8
     assert max(holdout_accuracies(trained_without, MATERIAL).values()) < 0.7
+
+
+def test_each_batch_is_projected_anew_and_judging_leaves_no_trace() -> None:
+    start = facts()
+    phase = PHASES["block-identity"](start)
+    images = MATERIAL.inputs(MATERIAL.training[:8])
+
+    def penalty() -> float:
+        start.model(images)
+        return float(phase.penalty().detach())
+
+    start.model.eval()
+    same, again = penalty(), penalty()
+    phase.after_step()
+    assert same == again != penalty()
+    with torch.no_grad():
+        start.model(images)
+    assert phase.penalty() is None
 
 
 def test_a_network_without_blocks_has_no_identities_to_learn() -> None:
