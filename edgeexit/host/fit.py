@@ -94,7 +94,7 @@ def holdout_accuracies(
     return {name: count / len(chosen) for name, count in right.items()}
 
 
-def _lay_out(model: nn.Module, probe: torch.Tensor) -> torch.memory_format:
+def lay_out(model: nn.Module, probe: torch.Tensor) -> torch.memory_format:
     """
     Lay *model*'s weights out channels last, which is faster, if its forward works that way.
 
@@ -137,7 +137,7 @@ class Fit:
         self.influence = Influence() if influence is None else influence
         self.device = _device(model)
         self._probe = material.inputs(material.training[:1]).to(self.device)
-        self._format = _lay_out(model, self._probe)
+        self._format = lay_out(model, self._probe)
         self.exits = self._check_model()
         self.weights = list(part.exit_weights) or [1.0] * len(self.exits)
         if len(self.weights) != len(self.exits):

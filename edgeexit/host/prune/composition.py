@@ -20,6 +20,7 @@ from edgeexit.host.prune.scopes import SCOPES
 from edgeexit.host.prune.selectors import SELECTORS
 from edgeexit.names import choose
 
+OF_FILTERS = ("linearise", "rank_cap", "stability")
 TARGETS = ("macs", "params", "latency", "weights")
 
 
@@ -104,6 +105,14 @@ class Composition:
             raise self._cannot("block_criterion", "scores no blocks", "blocks")
         if self.is_unstructured and self.selector != "filters":
             raise UsageError("target weights=...: single weights have no blocks to select from")
+        asked = {"phase": self.phase, **{k: getattr(self, k) for k in OF_FILTERS}}
+        for key, value in asked.items():
+            if value and self.is_unstructured:
+                raise UsageError(f"target weights=...: {key} is for filters and blocks only")
+        if (self.foresight or self.come_back) and not self.is_unstructured:
+            raise UsageError(
+                f"target {self.target.what}=...: foresight and come_back are for weights=... only"
+            )
 
     def _cannot(self, key: str, what: str, attribute: str) -> UsageError:
         able = [n for n, c in CRITERIA.items() if getattr(c, attribute) is not None]

@@ -191,6 +191,7 @@ class _Work:
         self.units: dict[str, list[int]] = {}  # what a phase under way prepares to remove
         self.history: list[dict[str, Any]] = []
         self.before: dict[str, Any] = {}
+        self.waited: dict[str, Any] = {}  # what the wait for a stable structure came to
 
     # ------------------------------------------------------------ the loop
 
@@ -204,7 +205,7 @@ class _Work:
             self._save_state()
         if self.recipe.final is not None and self.pending != "done":
             self.pending = self.pending or "final"
-            self._train(self.recipe.final, "final")
+            self._train(self.stages[-1].training(self.recipe.final), "final")
             self.pending = "done"
             self._save_state()
 
@@ -253,7 +254,8 @@ class _Work:
     def _cut(self, stage: Stage, share: float) -> None:
         """One step of removing; what was done is the history's new last row."""
         done = self.net.cut(stage, share * self.start_cost, share)
-        self.history.append({"stage": stage.name, "step": self.step + 1, **done})
+        self.history.append({"stage": stage.name, "step": self.step + 1, **self.waited, **done})
+        self.waited = {}
         self.pending = "fine-tune"
 
     def _finish_step(self, stage: Stage) -> None:
@@ -296,26 +298,32 @@ class _Work:
     # ------------------------------------------------------------ before a removal
 
     def _await_stability(self, stage: Stage, goal: float) -> None:
-        """Train epoch by epoch until the structure that would be chosen no longer changes."""
-        part = self.recipe.finetune
-        if part is None:
-            return
+        """
+        Train until the structure that would be chosen no longer changes, phase_epochs at most.
+
+        A pruning that was stopped here begins the waiting anew.
+        """
+        part = replace(self._phase_part(stage), epochs=self.plan.phase_epochs)
         watch = StructureStability()
         fit = Fit(self.net.model, self.material, part, where=self.recipe.where)
-        while not fit.is_done:
+        while not fit.is_done and not watch.is_stable:
             fit.run_epoch(lambda step: self._say("phase", step))
             watch.take(self.net.structure(stage, goal))
-            if watch.is_stable:
-                break
         self.net.model.eval()
+        self.waited = {"waited_epochs": fit.epoch, "is_stable": watch.is_stable}
+
+    def _phase_part(self, stage: Stage) -> TrainingPart:
+        if self.recipe.finetune is None:
+            what = self.plan.phase or "stability"
+            raise UsageError(
+                f"{self.recipe.where}: {what} needs a training before the removal",
+                hint="say --epochs, or give the recipe a [finetune] table",
+            )
+        return stage.training(self.recipe.finetune)
 
     def _begin_phase(self, stage: Stage, goal: float) -> None:
         """Choose what the phase shall prepare for removal, if it is told units at all."""
-        if self.recipe.finetune is None:
-            raise UsageError(
-                f"{self.recipe.where}: phase {self.plan.phase} needs a training",
-                hint="say --epochs, or give the recipe a [finetune] table",
-            )
+        self._phase_part(stage)
         if self.plan.selector == "filters":
             chosen = self.net.choice(stage, goal)
             self.units = {name: units.tolist() for name, units in chosen.items()}
@@ -324,12 +332,12 @@ class _Work:
     def _run_phase(self, stage: Stage, share: float) -> None:
         """Train under the phase, then remove what it has made of units or blocks."""
         assert self.plan.phase is not None
-        assert self.recipe.finetune is not None
-        part = replace(stage.training(self.recipe.finetune), epochs=self.plan.phase_epochs)
+        part = replace(self._phase_part(stage), epochs=self.plan.phase_epochs)
+        units = {name: np.array(units) for name, units in self.units.items()}
         facts = Facts(
             model=self.net.model,
             graph=self.net.graph,
-            units={name: np.array(units) for name, units in self.units.items()} or None,
+            units=units if units or self.plan.selector == "blocks" else None,
             iterations=part.epochs * (len(self.material.training) // part.batch),
             seed=self.seed,
             options=self.plan.phase_options,

@@ -19,6 +19,7 @@ from torch import nn
 from edgeexit.errors import OutOfReach, UsageError
 from edgeexit.host import folding, surgery
 from edgeexit.host.checkpoint import Checkpoint
+from edgeexit.host.fit import lay_out
 from edgeexit.host.graph import analyse
 from edgeexit.host.latency_table import LatencyTable, measure_table
 from edgeexit.host.material import Material
@@ -63,7 +64,7 @@ class Removal:
     ) -> None:
         self.model, self.input_shape = checkpoint.model, checkpoint.input_shape
         self.plan, self.material, self.where = plan, material, where
-        self.graph = analyse(self.model, self.input_shape)
+        self._look()
         self.weights = list(weights) or [1.0] * len(self.graph.exits)
         self.seed = seed
         self.at = (0, 0)
@@ -75,6 +76,11 @@ class Removal:
         for name in plan.protect:
             if name not in self.graph.layers:
                 raise unknown(name, self.graph.layers, "layer to protect")
+
+    def _look(self) -> None:
+        """Analyse the network as it is now, laid out in memory as a training lays it out."""
+        lay_out(self.model, torch.zeros(self.input_shape))
+        self.graph = analyse(self.model, self.input_shape)
 
     def cut(self, stage: Stage, goal: float, share: float) -> dict[str, Any]:
         """
@@ -109,7 +115,7 @@ class Removal:
         self.distances = dict(state["distances"])
         if state["table"] is not None:
             self.table = LatencyTable.from_document(state["table"], where)
-        self.graph = analyse(self.model, self.input_shape)
+        self._look()
 
     # ------------------------------------------------------------ costs
 
@@ -180,7 +186,7 @@ class Removal:
     def _accept(self, model: nn.Module, entries: Sequence[surgery.Entry]) -> None:
         self.model = model
         self.entries = surgery.joined([*self.entries, *entries])
-        self.graph = analyse(model, self.input_shape)
+        self._look()
 
     # -- filters
 
@@ -201,10 +207,11 @@ class Removal:
             relevance = states.relevance(self.model, self.graph, self.evidence().batches)
         bills = []
         for name in names:
-            if name not in scores:
-                continue  # the criterion cannot judge it: it stays whole
             group = self.graph.groups[name]
             layer = self.graph.layers[group.producers[0]]
+            is_judged = name in scores and (not relevance or layer.name in relevance)
+            if not is_judged:
+                continue  # what cannot be judged stays whole
             kernel = tuple(self.model.get_parameter(f"{layer.name}.weight").shape[2:])
             bills.append(
                 Bill(
@@ -398,7 +405,12 @@ class Removal:
             for name in pool(self.graph, stage.pool)
             if name.removesuffix(".weight") not in self.plan.protect
         ]
-        masks, evidence = self.used(names), self.evidence()
+        evidence, relevance = self.evidence(), None
+        if self.plan.allocator == "egp":
+            found = states.relevance(self.model, self.graph, evidence.batches)
+            relevance = {f"{layer}.weight": value for layer, value in found.items()}
+            names = [name for name in names if name in relevance]
+        masks = self.used(names)
         score = CRITERIA[self.plan.criterion].entries
         assert score is not None
 
@@ -410,10 +422,6 @@ class Removal:
             come_back = self.plan.come_back
             iterate(masks, saliency, shares, evidence.batches, come_back=come_back)
         else:
-            relevance = None
-            if self.plan.allocator == "egp":
-                found = states.relevance(self.model, self.graph, evidence.batches)
-                relevance = {f"{layer}.weight": value for layer, value in found.items()}
             masks.thin(
                 saliency(masks.keeps, evidence.batches),
                 1 - share,
