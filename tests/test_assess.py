@@ -155,7 +155,7 @@ def test_a_tail_that_answers_worse_is_pointed_out(made) -> None:
     assert tail_hint(with_accuracies(0.9, 0.9)) is None
     hint = tail_hint(with_accuracies(0.91, 0.9))
     assert hint is not None
-    assert "'exit0' (91.00%)" in hint
+    assert "final exit (90.00%) is no better here than 'exit0' (91.00%)" in hint
     assert f"{(made.rows[1].macs - made.rows[0].macs) / 1e6:.4f} M MACs" in hint
     assert hint in with_accuracies(0.91, 0.9).text()
 

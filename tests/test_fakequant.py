@@ -48,6 +48,26 @@ def test_its_errors_are_as_large_as_those_of_the_real_file() -> None:
         assert 0.6 < guessed / lost < 1.6
 
 
+@pytest.mark.parametrize("name", ["resnet8", "mobilenet", "vit", "dscnn", "conv1d"])
+def test_every_kind_of_network_is_simulated_and_corrected(name: str) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, *zoo.ZOO[name].input_shape[1:])
+    model = zoo.ZOO[name]()
+    model.train()
+    with torch.no_grad():
+        model(x)
+        wanted = exit_outputs(model.eval(), x)
+        simulated = Simulated(model, x)
+        layers = sum(
+            isinstance(m, torch.nn.Linear | torch.nn.Conv1d | torch.nn.Conv2d)
+            for m in model.modules()
+        )
+        assert simulated.correct_biases() == layers
+        found = exit_outputs(simulated, x)
+    for exit, logits in wanted.items():
+        assert 0 < float((found[exit] - logits).std() / logits.std()) < 0.4
+
+
 def test_the_networks_own_parameters_learn_through_the_rounding() -> None:
     model = trained.net()
     before = {name: value.clone() for name, value in model.state_dict().items()}

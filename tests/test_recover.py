@@ -72,14 +72,33 @@ def test_a_fine_tune_as_int8_makes_the_simulated_network_better() -> None:
     torch.testing.assert_close(norm.running_mean, statistics, rtol=0, atol=0)
 
 
-def test_a_fine_tune_that_diverges_is_reported_and_a_wrong_part_is_refused() -> None:
+def test_a_fine_tune_that_diverges_leaves_the_network_as_it_was() -> None:
     model = trained.net()
-    wild = TrainingPart(epochs=3, batch=32, learning_rate=99.0, momentum=0.99)
+    before = copy.deepcopy(model.state_dict())
+    wild = TrainingPart(epochs=1, batch=64, learning_rate=99.0, momentum=0.99)
     given = (trained.material(), wild, trained.reals())
     assert not quantization_aware(model, *given, where="test")
+    assert same(before, model.state_dict())
     large = TrainingPart(epochs=1, batch=4096, learning_rate=0.1)
     with pytest.raises(UsageError, match="found 4096"):
         quantization_aware(trained.net(), given[0], large, given[2], where="test")
+
+
+def test_a_learning_rate_that_is_too_high_is_cut() -> None:
+    model = trained.net()
+    trained.make_hostile(model, 200.0)
+    rates = []
+
+    class Watched(room.Fit):
+        def __init__(self, model, material, part, **rest) -> None:
+            rates.append(part.learning_rate)
+            super().__init__(model, material, part, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "Fit", Watched)
+        part = TrainingPart(epochs=2, batch=32, learning_rate=1e-4)
+        assert quantization_aware(model, trained.material(), part, trained.reals(), where="test")
+    assert rates[:2] == pytest.approx([1e-4, 1e-5])
 
 
 @dataclass
@@ -210,9 +229,9 @@ def test_nothing_is_touched_where_int8_costs_little(monkeypatch) -> None:
 def test_a_diverged_fine_tune_leaves_the_best_weights(monkeypatch) -> None:
     files = scripted(monkeypatch, [0.3, 0.4, 0.35])
     model = trained.net()
-    wild = TrainingPart(epochs=2, batch=32, learning_rate=99.0, momentum=0.99)
+    wild = TrainingPart(epochs=1, batch=64, learning_rate=99.0, momentum=0.99)
     found = recovered(model, part=wild)
     assert found.best.name == "equalise channels"
     assert found.attempts[-1].accuracies == {}
-    assert "did not work" in found.text()
+    assert "no better" in found.text()
     assert same(files.judged[1], model.state_dict())

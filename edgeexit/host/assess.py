@@ -162,8 +162,9 @@ def tail_hint(net: Assessment) -> str | None:
         return None
     saved = final.macs - best.macs
     return (
-        f"Exit {best.name!r} ({best.int8_accuracy:.2%}) answers better than the final exit "
-        f"({final.int8_accuracy:.2%}): drop what lies behind it and save {millions(saved)} M MACs."
+        f"The final exit ({final.int8_accuracy:.2%}) is no better here than {best.name!r} "
+        f"({best.int8_accuracy:.2%}): dropping what lies behind that saves "
+        f"{millions(saved)} M MACs."
     )
 
 

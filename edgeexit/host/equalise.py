@@ -21,6 +21,7 @@ from edgeexit.host.model import exit_outputs
 TOLERANCE = 1e-3  # of an exit's largest logit: float rounding stays far below
 MOST = 1e4  # a channel is scaled by at most this
 SEEN = 64  # inputs that show whether answers stay
+RAISED = 0.8  # of the loudest channel's level: other inputs may be louder than those seen
 
 
 def equalise(model: nn.Module, graph: Graph, inputs: torch.Tensor) -> list[str]:
@@ -29,8 +30,10 @@ def equalise(model: nn.Module, graph: Graph, inputs: torch.Tensor) -> list[str]:
 
     A channel's scale is sqrt(a / w): a the largest value it takes over *inputs* (N, ...), w the
     largest weight that reads it (equation 11 of the paper, with activations in place of the
-    weights that make them, for weights have a scale per channel here). Returns the names of the
-    groups that were scaled.
+    weights that make them, for weights have a scale per channel here). Where the answers change
+    by that, only the last batch norm is scaled (one before a depthwise layer cannot be); and
+    where they still do, channels are raised to the loudest one, which a ReLU6 allows. Returns
+    the names of the groups that were scaled.
     """
     model.eval()
     some = inputs[:SEEN]
@@ -39,19 +42,20 @@ def equalise(model: nn.Module, graph: Graph, inputs: torch.Tensor) -> list[str]:
         peaks = {name: max(float(v.abs().max()), 1e-30) for name, v in wanted.items()}
         scaled: list[str] = []
         for group in graph.groups.values():
-            tensors = _tensors(model, group)
-            if not tensors:
-                continue
-            scales = _scales(model, group, inputs)
-            saved = [tensor.clone() for tensor, _, _ in tensors]
-            for tensor, (axis, places), is_reader in tensors:
-                factor = scales if is_reader else 1 / scales
-                _multiply(tensor, axis, places, factor)
-            found = exit_outputs(model, some)
-            strays = max(float((found[n] - wanted[n]).abs().max()) / peaks[n] for n in wanted)
-            if strays <= TOLERANCE:
-                scaled.append(group.name)
-            else:
+            loud, heavy = _levels(model, group, inputs)
+            for makers, scale in WAYS:
+                tensors = _tensors(model, group, makers)
+                if not tensors:
+                    break
+                factors = scale(loud, heavy)
+                saved = [tensor.clone() for tensor, _, _ in tensors]
+                for tensor, place, is_reader in tensors:
+                    _multiply(tensor, *place, factors if is_reader else 1 / factors)
+                found = exit_outputs(model, some)
+                strays = max(float((found[n] - wanted[n]).abs().max()) / peaks[n] for n in wanted)
+                if strays <= TOLERANCE:
+                    scaled.append(group.name)
+                    break
                 for (tensor, _, _), before in zip(tensors, saved, strict=True):
                     tensor.copy_(before)
     return scaled
@@ -61,15 +65,16 @@ Scaled = tuple[torch.Tensor, tuple[int, torch.Tensor], bool]
 """A tensor, its axis and the positions (size, m) of each channel on it, whether it reads them."""
 
 
-def _tensors(model: nn.Module, group: Group) -> list[Scaled]:
+def _tensors(model: nn.Module, group: Group, makers: slice) -> list[Scaled]:
     """What must change with the channels of *group*; empty if that is not known."""
     found: list[Scaled] = []
+    chosen = (group.norms or group.producers)[makers]
     for (name, side), positions in group.places.items():
         module: Any = model.get_submodule(name)
         places = torch.from_numpy(positions)
         if side == "in":
             found.append((module.weight, (1, places), True))
-        elif side == ("norm" if group.norms else "out"):
+        elif side == ("norm" if group.norms else "out") and name in chosen:
             if module.weight is None:
                 return []
             found.append((module.weight, (0, places), False))
@@ -87,8 +92,10 @@ def _multiply(tensor: torch.Tensor, axis: int, places: torch.Tensor, factors: to
     tensor.mul_(whole.reshape(shape))
 
 
-def _scales(model: nn.Module, group: Group, inputs: torch.Tensor) -> torch.Tensor:
-    """One factor per channel, their geometric mean 1; channels that say nothing keep theirs."""
+def _levels(
+    model: nn.Module, group: Group, inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest value and the largest reading weight of each channel, both (size,)."""
     loud = torch.zeros(group.size)
     heavy = torch.zeros(group.size)
     handles = []
@@ -114,9 +121,27 @@ def _scales(model: nn.Module, group: Group, inputs: torch.Tensor) -> torch.Tenso
     finally:
         for handle in handles:
             handle.remove()
+    return loud, heavy
+
+
+def _balanced(loud: torch.Tensor, heavy: torch.Tensor) -> torch.Tensor:
+    """One factor per channel, their geometric mean 1; channels that say nothing keep theirs."""
     alive = (loud > 0) & (heavy > 0)
     logs = 0.5 * (loud.clamp(min=1e-30).log() - heavy.clamp(min=1e-30).log())
     if bool(alive.any()):
         logs -= logs[alive].mean()
     logs[~alive] = 0.0
     return logs.exp().clamp(1 / MOST, MOST)
+
+
+def _levelled(loud: torch.Tensor, _heavy: torch.Tensor) -> torch.Tensor:
+    """The factors that raise every channel to most of the loudest one's level."""
+    factors = loud / max(float(loud.max()), 1e-30) / RAISED
+    return factors.clamp(1 / MOST, 1.0).where(loud > 0, torch.ones(()))
+
+
+WAYS: tuple[tuple[slice, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]], ...] = (
+    (slice(None), _balanced),
+    (slice(-1, None), _balanced),
+    (slice(-1, None), _levelled),
+)

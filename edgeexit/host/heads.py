@@ -154,7 +154,7 @@ def _class_means(
 
     def keep(exit: str) -> Callable[[nn.Module, Any, torch.Tensor], None]:
         def hook(_module: nn.Module, inputs: Any, _output: torch.Tensor) -> None:
-            seen[exit] = inputs[0].double()
+            seen[exit] = inputs[0].double().cpu()
 
         return hook
 
@@ -170,9 +170,9 @@ def _class_means(
             if int(labels.min()) < 0 or int(labels.max()) >= count:
                 raise UsageError(f"class means: labels outside of 0..{count - 1}")
             model(inputs)
-            counts += torch.bincount(labels, minlength=count)
+            counts += torch.bincount(labels.cpu(), minlength=count)
             for exit, features in seen.items():
-                sums[exit].index_add_(0, labels, features)
+                sums[exit].index_add_(0, labels.cpu(), features)
     empty = torch.nonzero(counts == 0).flatten().tolist()
     if empty:
         raise UsageError(
@@ -190,8 +190,8 @@ def _scales(model: nn.Module, exits: Sequence[str], batches: Batches) -> dict[st
         for inputs, _ in batches:
             outputs = exit_outputs(model, inputs)
             for exit in exits:
-                rows[exit].append(outputs[exit].double())
-    labels = torch.cat([part for _, part in batches])
+                rows[exit].append(outputs[exit].double().cpu())
+    labels = torch.cat([part.cpu() for _, part in batches])
     return {exit: _likeliest(torch.cat(parts), labels) for exit, parts in rows.items()}
 
 

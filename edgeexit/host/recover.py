@@ -41,6 +41,7 @@ from edgeexit.preprocess import real_values
 from edgeexit.report import text_table
 
 THRESHOLD = 0.01
+CUTS = (1.0, 0.1, 0.01)
 MOST_INPUTS = 256
 MOST_VALUES = 1 << 22  # of all inputs together: 256 of a thumbnail, 32 of 224x224x3
 
@@ -50,7 +51,7 @@ class Attempt:
     """
     One remedy, or "as it is": the int8 file's held-out accuracy of each exit, and its fate.
 
-    No accuracies: the remedy did not apply to this network, or its training diverged.
+    No accuracies: the remedy did not apply to this network, or even simulated it was no better.
     """
 
     name: str
@@ -87,7 +88,7 @@ class Recovery:
         for attempt in self.attempts:
             found = attempt.accuracies
             shares = [f"{found[name]:.2%}" if name in found else "-" for name in exits]
-            fate = "kept" if attempt.is_kept else "no better" if found else "did not work"
+            fate = "kept" if attempt.is_kept else "no better"
             rows.append([f"int8, {attempt.name}", *shares, fate])
         return (
             f"Right of {self.samples} held-out training samples:\n\n"
@@ -213,23 +214,33 @@ def quantization_aware(
 
     Trained by *part* (all weights, whatever its regime) as Fit does; the rounding lets gradients
     pass, ranges are taken anew before each epoch, batch norms keep their statistics, and the
-    epoch is kept that is best on held-out samples as simulated int8. Returns whether all went
-    well: False if a loss, weight or range became infinite, and the model is of no use. Errors as
-    Fit for a *part* that does not fit.
+    epoch is kept that is best on held-out samples as simulated int8. A learning rate at which
+    nothing gets better, or a loss, weight or range becomes infinite, is cut to a tenth, twice at
+    most: where channels differ much, steps must be small. Returns whether the simulated network
+    got better; if not, *model* is as it was. Errors as Fit for a *part* that does not fit.
     """
-    simulated = Simulated(model, typical(reals), ranges)
-    # All weights move together: rounding in one place is made up for in another.
-    joint = replace(part, regime="joint", phase_shares=())
-    fit = Fit(simulated, material, joint, where=where)
-    try:
-        while not fit.is_done:
-            simulated.calibrate()
-            fit.run_epoch(on_step)
-    except (UsageError, BadFile):  # what diverging raises; part has been checked above
-        return False
-    finally:
-        model.eval()
-    return True
+    inputs = typical(reals)
+    before = copy.deepcopy(model.state_dict())
+    judged = _mean(holdout_accuracies(Simulated(model, inputs, ranges), material))
+    for cut in CUTS:
+        simulated = Simulated(model, inputs, ranges)
+        # All weights move together: rounding in one place is made up for in another.
+        joint = replace(
+            part, regime="joint", phase_shares=(), learning_rate=part.learning_rate * cut
+        )
+        fit = Fit(simulated, material, joint, where=where)
+        try:
+            while not fit.is_done:
+                simulated.calibrate()
+                fit.run_epoch(on_step)
+        except (UsageError, BadFile):  # what diverging raises; Fit has checked part already
+            fit.best_accuracies = {}
+        if fit.best_accuracies and _mean(fit.best_accuracies) > judged:
+            model.eval()
+            return True
+        model.load_state_dict(before)
+    model.eval()
+    return False
 
 
 def recover(
