@@ -32,12 +32,14 @@ def _thinned(widths: tuple[int, ...], points: int) -> tuple[int, ...]:
 
 def affordable(shape: Shape, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Grid:
     """As many of these widths (ascending) as can be timed in time, both ends among them."""
-    slowest_ns = _call_ns(shape, inputs[-1], outputs[-1])
+    slowest = _opened(shape, inputs[-1], outputs[-1])
+    slowest_ns = min(_block_ns(slowest, 1) for _ in range(3))
+    opened_ns = min(_block_ns(lambda: _opened(shape, inputs[-1], outputs[-1]), 1) for _ in range(2))
     for points in range(POINTS, 1, -1):
         rows, columns = _thinned(inputs, points), _thinned(outputs, points)
         # Widths are spread evenly, so that a layer has about a quarter of the slowest's MACs.
-        round_ns = len(rows) * len(columns) * max(slowest_ns / 3, BLOCK_NS)
-        if PASSES * ROUNDS[0] * round_ns <= SHAPE_NS:
+        pass_ns = opened_ns / 3 + ROUNDS[0] * max(slowest_ns / 3, BLOCK_NS)
+        if PASSES * len(rows) * len(columns) * pass_ns <= 2 * SHAPE_NS:
             break
     return shape, rows, columns
 
@@ -49,11 +51,6 @@ def _opened(shape: Shape, inputs: int, outputs: int) -> Callable[[], None]:
         network.invoke()
     # Taken after the first call, which looks at more than the later ones.
     return network.invoke
-
-
-def _call_ns(shape: Shape, inputs: int, outputs: int) -> float:
-    step = _opened(shape, inputs, outputs)
-    return min(_block_ns(step, 1) for _ in range(3))
 
 
 def timed(grid: Grid, *, seed: int) -> list[tuple[float, ...]]:
@@ -81,7 +78,7 @@ def timed(grid: Grid, *, seed: int) -> list[tuple[float, ...]]:
     return rounds
 
 
-def _block_ns(step: Callable[[], None], calls: int) -> float:
+def _block_ns(step: Callable[[], object], calls: int) -> float:
     began = perf_counter_ns()
     for _ in range(calls):
         step()
