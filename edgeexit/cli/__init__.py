@@ -23,6 +23,7 @@ COMMANDS = {
     "attach": "give a plain network exits, and show where they can go",
     "train": "train a multi-exit network from a recipe",
     "prune": "make a trained network smaller, its exits attached",
+    "search": "try many ways to prune, and keep the best ones",
     "convert": "turn a checkpoint into a bundle of int8 segments",
     "profile": "measure the latency of each exit on a device",
     "tune": "choose exits and thresholds from measurements",

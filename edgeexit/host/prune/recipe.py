@@ -1,15 +1,15 @@
 """
 The pruning recipe: composition, data and trainings, read strictly out of TOML or put together.
 
-Callers see PruneRecipe and read_prune_recipe. docs/formats.md ("Pruning recipe") is the
-description for people.
+Callers see PruneRecipe, read_prune_recipe and prune_recipe. docs/formats.md ("Pruning recipe")
+is the description for people.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeexit.files import digest_of, json_bytes, read_toml
+from edgeexit.files import Table, digest_of, json_bytes, read_toml
 from edgeexit.host.prune.composition import Composition, from_table
 from edgeexit.host.prune.methods import METHODS
 from edgeexit.host.recipe import (
@@ -50,6 +50,19 @@ class PruneRecipe:
             document[key] = None if part is None else {k: _flat(v) for k, v in vars(part).items()}
         return digest_of(json_bytes(document))
 
+    def to_document(self) -> dict[str, Any]:
+        """What prune_recipe reads, nothing left to defaults; without the data."""
+        plan = self.composition.to_document()
+        document: dict[str, Any] = {
+            "format": 1,
+            "prune": {key: value for key, value in plan.items() if value is not None},
+        }
+        for key in ("augmentation", "finetune", "final"):
+            part = getattr(self, key)
+            if part is not None:
+                document[key] = {k: _flat(v) for k, v in vars(part).items()}
+        return document
+
 
 def _flat(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
@@ -57,14 +70,18 @@ def _flat(value: Any) -> Any:
 
 def read_prune_recipe(path: Path) -> PruneRecipe:
     """Read *path*. UsageError if it is absent or a name is unknown, BadFile if not understood."""
-    table = read_toml(path)
+    return prune_recipe(read_toml(path))
+
+
+def prune_recipe(table: Table) -> PruneRecipe:
+    """The recipe in *table*. UsageError if a name in it is unknown, BadFile if not understood."""
     table.expect_format(1)
     table.only("format", "data", "augmentation", "prune", "finetune", "final")
     part = table.table("prune")
     method = part.find("method", str, "")
     base = choose(method, METHODS, "method") if method else Composition()
     return PruneRecipe(
-        where=str(path),
+        where=table.where,
         composition=from_table(part, base),
         data=data_part(table.table("data"), is_whole=False) if "data" in table else DataPart(),
         augmentation=augmentation_part(table.table("augmentation"), "image")
