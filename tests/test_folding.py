@@ -251,6 +251,19 @@ def test_a_padded_3x3_behind_a_biased_1x1_is_refused_but_folds_without_the_bias(
     check_exact(model, pair, torch.rand(2, 4, 6, 6).double())
 
 
+def test_two_ways_of_padding_are_not_mixed() -> None:
+    def pair(mode: str) -> nn.Module:
+        across = nn.Conv2d(1, 12, (1, 3), padding=(0, 1), bias=False, padding_mode=mode)
+        return stirred(Averaged(across, nn.Conv2d(12, 1, (3, 1), padding=(1, 0))))
+
+    model = pair("reflect")
+    with pytest.raises(Unsupported, match="two ways of padding"):
+        examine(model, graph_of(model, 1, 1, 6, 6), "body.0", "body.1")
+    model = pair("zeros")
+    (found,) = foldable(model, graph_of(model, 1, 1, 6, 6))
+    check_exact(model, found, torch.rand(2, 1, 6, 6).double())
+
+
 class Shared(nn.Module):
     """A sum of what *first* makes and of what *second* makes of that: a shortcut."""
 

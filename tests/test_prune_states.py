@@ -133,6 +133,30 @@ def test_linear_bottlenecks_have_no_states() -> None:
     assert not any(name.endswith("units.2.0") for name in found)
 
 
+class Onward(nn.Module):
+    """A value that goes on past its activation, as in networks that act before they add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.logits = nn.Linear(2, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        return self.logits(torch.relu(y + 100 + self.second(torch.relu(y))))
+
+
+def test_the_first_activation_behind_a_layer_is_the_one_that_counts() -> None:
+    model = Onward()
+    graph = analyse(model, (1, 2))
+
+    found = state_entropy(model, graph, batches(16, 2))
+
+    assert found["second"].layers == ("first", "second")
+    assert found["second"].entropy() == 0
+    assert found["first"].layers == ("first",)
+    assert found["first"].entropy() > 0
+
+
 def test_watching_leaves_the_network_as_it_was() -> None:
     model = Head()
     graph = analyse(model, (1, 1, 6, 6))
