@@ -33,7 +33,13 @@ from edgeexit.host.prune.masks import Masks, compressed_bytes, iterate, pool
 from edgeexit.host.prune.saliency import effective_rank
 from edgeexit.host.prune.schedules import planned
 from edgeexit.host.prune.scopes import Stage
-from edgeexit.host.prune.selectors import SELECTORS, Child, equalise, filters_of
+from edgeexit.host.prune.selectors import (
+    SELECTORS,
+    Child,
+    equalise,
+    equalise_latency,
+    filters_of,
+)
 from edgeexit.host.prune.similarity import exits_cka
 from edgeexit.names import unknown
 
@@ -93,7 +99,7 @@ class Removal:
         rules: dict[str, Callable[[Stage, float], dict[str, Any]]] = {
             "filters": self._cut_filters,
             "blocks": lambda stage, _goal: self._cut_block(stage),
-            "everything": lambda stage, _goal: self._cut_either(stage),
+            "everything": self._cut_either,
         }
         # A head is no deeper than it must be: only its filters can go.
         row = rules["filters" if stage.parts == "heads" else self.plan.selector](stage, goal)
@@ -341,8 +347,13 @@ class Removal:
             hint="a larger share, or the selector everything or filters",
         )
 
-    def _cut_either(self, stage: Stage) -> dict[str, Any]:
-        """The block child or the filter child, whichever is more similar to the parent."""
+    def _cut_either(self, stage: Stage, goal: float) -> dict[str, Any]:
+        """
+        The block child or the filter child, whichever is more similar to the parent.
+
+        Compared at equal filters removed, or at equal milliseconds if the target counts these.
+        Where no block can go any more, filters alone meet *goal*.
+        """
         evidence = self.evidence()
         criterion = CRITERIA[self.plan.criterion]
         assert criterion.units is not None
@@ -350,18 +361,22 @@ class Removal:
         scores = {k: v for k, v in criterion.units(evidence).items() if k in names}
         blocks = self._block_scores(stage)
         children: dict[str, tuple[nn.Module, list[surgery.Entry], dict[str, Any]]] = {}
-        count = max(1, sum(self.graph.groups[n].size for n in names) // 2)
         if blocks:
             name = min(blocks, key=lambda block: (blocks[block], block))
             model = copy.deepcopy(self.model)
             entry = surgery.remove_block(model, self.graph, name)
             children["blocks"] = (model, [entry], {"block": name})
-            count = filters_of(self.graph, self.graph.blocks[name].layers)
-        chosen = equalise(self.graph, scores, count, seed=self.seed + self.at[1])
+            chosen = self._as_much_as(name, scores)
+        else:
+            chosen = self.choice(stage, goal)
         if chosen:
             model = copy.deepcopy(self.model)
             entry = self._operate(model, chosen)
-            gone = sum(len(units) for units in chosen.values())
+            gone = sum(
+                len(units) * self.graph.groups[n].places[producer, "out"].shape[1]
+                for n, units in chosen.items()
+                for producer in self.graph.groups[n].producers
+            )
             children["filters"] = (model, [entry], {"filters": gone})
         if not children:
             raise self._no_block(stage)
@@ -377,6 +392,23 @@ class Removal:
         model, entries, facts = children[kind]
         self._accept(model, entries)
         return {"child": kind, **facts, "similarity": {c.kind: c.similarity for c in similar}}
+
+    def _as_much_as(
+        self, block: str, scores: Mapping[str, NDArray[Any]]
+    ) -> dict[str, NDArray[np.int64]] | None:
+        """Units that are as many filters, or as many milliseconds, as *block*; None if none are."""
+        layers, seed = self.graph.blocks[block].layers, self.seed + self.at[1]
+        if self.table is None:
+            return equalise(self.graph, scores, filters_of(self.graph, layers), seed=seed)
+        table, graph = self.table, self.graph
+        widths = graph.widths({})
+        lost_ms = sum(table.milliseconds(n, widths[n][1], widths[n][0]) for n in layers)
+
+        def saved_ms(gone: Mapping[str, int]) -> float:
+            kept = {name: graph.groups[name].size - count for name, count in gone.items()}
+            return table.total(graph) - table.total(graph, kept)
+
+        return equalise_latency(graph, scores, lost_ms, saved_ms, seed=seed)
 
     def _exit_rates(self, evidence: Evidence) -> list[float]:
         """Share of the scored samples that each exit would answer when *SURE*."""
@@ -443,6 +475,8 @@ class Removal:
         left = 0
         for name in states.linearisable(self.model, self.graph, batches, LINEAR_BITS):
             model = copy.deepcopy(self.model)
+            # What is never on would pass its negative values through an identity.
+            states.silence(model, self.graph, states.dead_units(model, self.graph, batches))
             entries = [folding.linearise(model, name)]
             graph = analyse(model, self.input_shape)
             new = [
