@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     "--prune",
     metavar="RECIPE.toml",
     type=click.Path(path_type=Path),
-    help="prune first, into ./NAME-pruned.pt (see edgeexit prune)",
+    help="prune first, into MODEL-pruned.pt beside it (see edgeexit prune)",
 )
 @click.option("--scheme", default="int8", show_default=True, help="int8 or float")
 @click.option(
@@ -69,7 +69,9 @@ def _pruned(model: Path, recipe: Path, arch: str | None) -> Path:
     from edgeexit.cli.prune import pruning
     from edgeexit.host.prune.recipe import read_prune_recipe
 
-    return pruning(model, read_prune_recipe(recipe), Path(f"{model.stem}-pruned.pt"), arch).path
+    return pruning(
+        model, read_prune_recipe(recipe), model.with_name(f"{model.stem}-pruned.pt"), arch
+    ).path
 
 
 def _peak_bytes() -> int:

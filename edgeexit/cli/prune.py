@@ -29,7 +29,9 @@ def _list(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
 
 @click.command("prune", short_help="make a trained network smaller, its exits attached")
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="default: ./NAME-pruned.pt")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="default: MODEL-pruned.pt, beside it"
+)
 @click.option("--recipe", type=click.Path(path_type=Path), help="a TOML that says everything")
 @click.option("--method", help="a named composition to start from; see --list")
 @click.option("--criterion", help="how filters or weights are scored")
@@ -98,7 +100,7 @@ def command(
     import json
 
     recipe = _recipe(options)
-    target = Path(f"{model.stem}-pruned.pt") if out is None else out
+    target = model.with_name(f"{model.stem}-pruned.pt") if out is None else out
     result = pruning(model, recipe, target, arch, again)
     comparison = None
     if measure:
