@@ -21,7 +21,7 @@ _PROGRAM = "edgeexit"
 
 COMMANDS = {
     "attach": "give a plain network exits, and show where they can go",
-    "train": "train a multi-exit network from a recipe",
+    "train": "train a multi-exit network, from a recipe or further",
     "prune": "make a trained network smaller, its exits attached",
     "search": "try many ways to prune, and keep the best ones",
     "convert": "turn a checkpoint into a bundle of int8 segments",
