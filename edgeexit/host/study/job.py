@@ -123,7 +123,7 @@ class Leaving:
     """
     What it is worth to leave at exit *name*, and what it costs with the kept exits before it.
 
-    *ratio* (median, least, most over the passes) is to the network before, its final exit
+    *ratio* (median over the passes, and its 95 % interval) is to the network before, its final exit
     alone, in the same race; it and *ms* are None where nothing was timed.
     """
 

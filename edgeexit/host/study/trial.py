@@ -50,7 +50,7 @@ UNPRUNED = "unpruned.edgeexit"
 MEASURING = "measuring.lock"
 RANGES_SAMPLES = 500
 RACED = 200  # samples at most
-PASSES = 5
+PASSES = (5, 40, 1000)  # at least, by choice, at most
 PACKAGES = ("torch", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 # What follows from the job itself; everything else is an accident, and no result.
 REFUSALS = (OutOfReach, Unsupported, ParityError, UsageError)
@@ -298,18 +298,29 @@ class _Run:
         try:
             trial = race(runners, samples[:2], passes=1)
             each_s = sum(trial.latency_ms(name) for name in runners) / 1e3
-            count = max(2, min(len(samples), int(self.job.judge.seconds / PASSES / each_s)))
-            found = race(runners, samples[:count], passes=PASSES, stretch=10)
+            answers = self.job.judge.seconds / each_s  # of each runner
+            least, wanted, most = PASSES
+            count = max(2, min(len(samples), int(answers / wanted)))
+            passes = max(least, min(most, int(answers / count)))
+            found = race(runners, samples[:count], passes=passes, stretch=10)
         finally:
             for runner in runners.values():
                 runner.close()
         ratios: dict[str, Interval] = {}
         for name in kept:
             pairs = zip(found.mean_ns[f"exit {name}"], found.mean_ns["yardstick"], strict=True)
-            each = [ours / theirs for ours, theirs in pairs]
-            ratios[name] = (float(np.median(each)), min(each), max(each))
+            ratios[name] = _median([ours / theirs for ours, theirs in pairs])
         ms = {name: found.latency_ms(f"exit {name}") for name in kept}
         return ratios, ms, found.latency_ms("yardstick")
+
+
+def _median(values: Sequence[float]) -> Interval:
+    """The median and its 95 % interval, the order statistics that the binomial law names."""
+    ordered = sorted(values)
+    reach = 0.98 * len(ordered) ** 0.5
+    low = max(0, int(np.floor(len(ordered) / 2 - reach)))
+    high = min(len(ordered) - 1, int(np.ceil(len(ordered) / 2 + reach)) - 1)
+    return float(np.median(ordered)), ordered[low], ordered[high]
 
 
 def _macs(graph: Graph, kept: Sequence[str]) -> list[int]:
