@@ -90,9 +90,30 @@ def _zoo(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _pruned(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "dense", "pruned"]]
+    for key, name in (("full", "every exit computed"), ("policy", "with its policy")):
+        cells = [_spread(found[f"{net}_{key}_us"], 1) for net in ("dense", "pruned")]
+        ratio = _spread(found[f"{key}_faster"]) + "x faster"
+        rows.append([f"{name}, µs a sample", cells[0], f"{cells[1]}: {ratio}"])
+    own = _spread(found["policy_faster_than_own_full"]) + "x"
+    rows.append(["policy faster than its own whole network", "", own])
+    accuracies = [
+        " / ".join(f"{a:.2%}" for a in found[f"{net}_exit_accuracies"])
+        for net in ("dense", "pruned")
+    ]
+    rows.append(["int8 accuracy of each exit on `report`", *accuracies])
+    policies = [f"{found[f'{net}_policy_accuracy']:.2%}" for net in ("dense", "pruned")]
+    rows.append(["accuracy of the policy", *policies])
+    macs = [f"{found[f'macs_{when}'] / 1e6:.2f}" for when in ("before", "after")]
+    rows.append(["million MACs, all exits", *macs])
+    return rows
+
+
 Table = Callable[[Mapping[str, Any]], list[list[str]]]
 BENCHES: dict[str, tuple[str, Table]] = {
     "early_exit": ("What early exit saves on the shipped network", _early_exit),
+    "pruned": ("What pruning adds: the shipped network and its pruned form", _pruned),
     "accuracy": ("The shipped network, exit by exit, on `report`", _accuracy),
     "cutting": ("What cutting costs", _cutting),
     "conversion": ("What converting costs, imports included", _conversion),

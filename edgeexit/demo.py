@@ -26,10 +26,12 @@ from edgeexit.samples import CalibrationSet, find_set
 
 BUNDLE = "fashion.edgeexit"
 RECORD = "fashion-record.npz"
+PRUNED_BUNDLE = "fashion-pruned.edgeexit"
+PRUNED_RECORD = "fashion-pruned-record.npz"
 PICTURES = "images"
 MAX_ACCURACY_DROP = 0.01
 
-PASSES = 5
+PASSES = 4
 
 # Told what is going on and how far it has come (0..1); 1 ends a step.
 Step = Callable[[str, float], object]
@@ -45,19 +47,28 @@ class Picture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demo:
-    """
-    What the demo measured, all on the `report` split and on this machine.
-
-    *full*, *tuned* and *best_static* are evaluations of the full int8 network, of the policy and
-    of the cheapest single exit within the budget. *race* holds the interleaved latencies of
-    "full" (every exit computed), "static" (final exit alone), "best_static" and "policy".
-    """
+class Tuned:
+    """A bundle with its profile and policy; *full* and *tuned* on the `report` split."""
 
     profile: Profile
     policy: Policy
     full: Evaluation
     tuned: Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """
+    What the demo measured, all on the `report` split and on this machine.
+
+    *dense* is the shipped network, *pruned* its pruned form, *best_static* the cheapest single
+    exit of the dense one within the budget. *race* holds the interleaved latencies of "full"
+    (every exit computed), "static" (final exit alone), "best_static", "policy", "pruned_full" and
+    "pruned_policy".
+    """
+
+    dense: Tuned
+    pruned: Tuned
     best_static: Evaluation
     race: compare.Race
     best_static_exit: str
@@ -66,14 +77,19 @@ class Demo:
     def to_document(self) -> dict[str, Any]:
         """The object that `edgeexit demo --json` prints; latencies in ms, accuracies 0..1."""
         return {
-            "accuracy_full": self.full.accuracy,
-            "accuracy_policy": self.tuned.accuracy,
+            "accuracy_full": self.dense.full.accuracy,
+            "accuracy_policy": self.dense.tuned.accuracy,
+            "accuracy_pruned_full": self.pruned.full.accuracy,
+            "accuracy_pruned_policy": self.pruned.tuned.accuracy,
             "latency_full_ms": self.race.latency_ms("full"),
             "latency_static_ms": self.race.latency_ms("static"),
             "latency_best_static_ms": self.race.latency_ms("best_static"),
             "best_static_exit": self.best_static_exit,
             "latency_policy_ms": self.race.latency_ms("policy"),
-            "exit_rates": list(self.tuned.exit_rates),
+            "latency_pruned_full_ms": self.race.latency_ms("pruned_full"),
+            "latency_pruned_policy_ms": self.race.latency_ms("pruned_policy"),
+            "exit_rates": list(self.dense.tuned.exit_rates),
+            "exit_rates_pruned": list(self.pruned.tuned.exit_rates),
         }
 
 
@@ -109,41 +125,26 @@ def _alone(bundle: Bundle, exit_name: str) -> Policy:
 
 def run_demo(
     bundle: Bundle,
+    pruned: Bundle,
     *,
-    logits: Record | None = None,
-    time_cap_s: float = 20.0,
+    logits: tuple[Record, Record] | None = None,
+    time_cap_s: float = 10.0,
     on_step: Step | None = None,
 ) -> Demo:
     """
-    Profile, tune and run *bundle* on this machine and compare it with its rivals.
+    Profile, tune and run *bundle* and its *pruned* form here and compare them with their rivals.
 
-    *logits* is the record of the `tuning` and `certificate` splits; None makes it now, for which
-    those splits must be installed. Profiling takes about *time_cap_s* seconds. The policy is
-    saved into *bundle*. Raises what profile, tune and evaluate raise; OutOfReach if no policy
-    passes its check.
+    *logits* are both records of the `tuning` and `certificate` splits; None makes them now, for
+    which those splits must be installed. Each profile takes about *time_cap_s* seconds. The
+    policies are saved into the bundles. Raises what profile, tune and evaluate raise; OutOfReach
+    if no policy passes its check.
     """
     step = on_step or _silent
-    named = bundle.calibration_set
-    if named is None:
-        raise UsageError(f"{bundle.path}: names no calibration set")
-    origin = find_set(named["name"])
-    device = this_device()
+    records = logits or (None, None)
+    dense = _tuned(bundle, records[0], time_cap_s, "", step)
+    smaller = _tuned(pruned, records[1], time_cap_s, "pruned: ", step)
 
-    costs = profile.measure(
-        bundle,
-        device,
-        time_cap_s=time_cap_s,
-        on_step=lambda done: step("profile", min(done, 0.999)),
-    )
-    step("profile", 1.0)
-    if logits is None:
-        logits = _fresh_record(bundle, origin, step)
-    tune.check_inputs(bundle, logits, costs, device)
-    policy = tune.choose(logits, costs, MAX_ACCURACY_DROP)
-    policy.save(bundle.policy_path(device))
-    step("tune", 1.0)
-
-    with Runner(bundle, policy=policy, preload=True) as runner:
+    with Runner(bundle, policy=dense.policy, preload=True) as runner:
         pictures = [
             Picture(
                 path=path,
@@ -154,14 +155,14 @@ def run_demo(
         ]
     step("run", 1.0)
 
-    report = origin.split("report")
-    full = evaluate(bundle, report, None)
-    step("evaluate", 0.5)
-    tuned = evaluate(bundle, report, policy)
-    best = tune.best_static_exit(policy)
+    report = _origin(bundle).split("report")
+    best = tune.best_static_exit(dense.policy)
     best_static = evaluate(bundle, report, _alone(bundle, best))
-    step("evaluate", 1.0)
-    runners = contenders(bundle, policy, best)
+    runners = {
+        **contenders(bundle, dense.policy, best),
+        "pruned_full": Runner(pruned, policy=None, preload=True),
+        "pruned_policy": Runner(pruned, policy=smaller.policy, preload=True),
+    }
     total, answered = PASSES * len(runners) * len(report), 0
 
     def advance(answers: int) -> None:
@@ -173,15 +174,44 @@ def run_demo(
     for runner in runners.values():
         runner.close()
     return Demo(
-        profile=costs,
-        policy=policy,
-        full=full,
-        tuned=tuned,
+        dense=dense,
+        pruned=smaller,
         best_static=best_static,
         race=race,
         best_static_exit=best,
         pictures=pictures,
     )
+
+
+def _tuned(
+    bundle: Bundle, logits: Record | None, time_cap_s: float, word: str, step: Step
+) -> Tuned:
+    device, origin = this_device(), _origin(bundle)
+    costs = profile.measure(
+        bundle,
+        device,
+        time_cap_s=time_cap_s,
+        on_step=lambda done: step(f"{word}profile", min(done, 0.999)),
+    )
+    step(f"{word}profile", 1.0)
+    if logits is None:
+        logits = _fresh_record(bundle, origin, lambda name, done: step(word + name, done))
+    tune.check_inputs(bundle, logits, costs, device)
+    policy = tune.choose(logits, costs, MAX_ACCURACY_DROP)
+    policy.save(bundle.policy_path(device))
+    step(f"{word}tune", 1.0)
+    report = origin.split("report")
+    full = evaluate(bundle, report, None)
+    step(f"{word}evaluate", 0.5)
+    tuned = evaluate(bundle, report, policy)
+    step(f"{word}evaluate", 1.0)
+    return Tuned(profile=costs, policy=policy, full=full, tuned=tuned)
+
+
+def _origin(bundle: Bundle) -> CalibrationSet:
+    if bundle.calibration_set is None:
+        raise UsageError(f"{bundle.path}: names no calibration set")
+    return find_set(bundle.calibration_set["name"])
 
 
 def shipped_pictures() -> list[tuple[Path, str]]:
@@ -191,16 +221,16 @@ def shipped_pictures() -> list[tuple[Path, str]]:
     return [(folder / name, expected.get(name, str)) for name in expected.values]
 
 
-def copy_of_shipped_bundle(folder: Path) -> Bundle:
-    """The shipped bundle, copied below *folder*: what is installed may be read-only."""
-    target = folder / BUNDLE
-    shutil.copytree(example(BUNDLE), target, ignore=shutil.ignore_patterns("policies"))
+def copy_of_shipped_bundle(folder: Path, name: str = BUNDLE) -> Bundle:
+    """The shipped bundle *name*, copied below *folder*: what is installed may be read-only."""
+    target = folder / name
+    shutil.copytree(example(name), target, ignore=shutil.ignore_patterns("policies"))
     return load_bundle(target)
 
 
-def shipped_record() -> Record:
-    """The shipped record of the shipped bundle's `tuning` and `certificate` splits."""
-    return Record.load(example(RECORD))
+def shipped_record(name: str = RECORD) -> Record:
+    """A shipped record of a shipped bundle's `tuning` and `certificate` splits."""
+    return Record.load(example(name))
 
 
 def _fresh_record(bundle: Bundle, origin: CalibrationSet, step: Step) -> Record:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object instead of tables")
 def command(from_checkpoint: bool, output: Path | None, as_json: bool) -> None:
     """
-    Do the whole job on the shipped Fashion-MNIST network, on this machine.
+    Do the whole job on the shipped Fashion-MNIST network and its pruned form, on this machine.
 
     \b
     edgeexit demo                          # shipped bundle: profile -> tune -> run
@@ -48,13 +48,19 @@ def command(from_checkpoint: bool, output: Path | None, as_json: bool) -> None:
     with tempfile.TemporaryDirectory(prefix="edgeexit-demo-") as temporary:
         folder = output or Path(temporary)
         if from_checkpoint:
-            bundle = _converted(folder, steps)
-            found = demo.run_demo(bundle, on_step=steps)
+            bundles = _converted(folder, steps)
+            found = demo.run_demo(*bundles, on_step=steps)
         else:
-            bundle = demo.copy_of_shipped_bundle(folder)
-            found = demo.run_demo(bundle, logits=demo.shipped_record(), on_step=steps)
+            names = (demo.BUNDLE, demo.PRUNED_BUNDLE)
+            copies = [demo.copy_of_shipped_bundle(folder, name) for name in names]
+            records = [demo.shipped_record(n) for n in (demo.RECORD, demo.PRUNED_RECORD)]
+            found = demo.run_demo(
+                copies[0], copies[1], logits=(records[0], records[1]), on_step=steps
+            )
         if output is not None:
-            found.profile.save(output / f"profile-{found.profile.device}.json")
+            profile = found.dense.profile
+            profile.save(output / f"profile-{profile.device}.json")
+            found.pruned.profile.save(output / f"profile-pruned-{profile.device}.json")
     if as_json:
         from edgeexit.files import json_bytes
 
@@ -63,10 +69,10 @@ def command(from_checkpoint: bool, output: Path | None, as_json: bool) -> None:
     click.echo(_text(found))
 
 
-def _converted(folder: Path, steps: Steps) -> "Bundle":
+def _converted(folder: Path, steps: Steps) -> "tuple[Bundle, Bundle]":
     from edgeexit import demo
 
-    checkpoint = demo.example("fashion.pt")
+    checkpoints = [demo.example(name) for name in ("fashion.pt", "fashion-pruned.pt")]
     try:
         import edgeexit.host.convert as road
     except ImportError as error:
@@ -74,7 +80,13 @@ def _converted(folder: Path, steps: Steps) -> "Bundle":
             f"--from-checkpoint needs the host side, which is not installed here: {error}",
             hint='pip install "edgeexit[torch]" (see README, "Install"), or leave the option out',
         ) from error
-    return road.convert(checkpoint, folder / demo.BUNDLE, on_step=steps)
+    dense = road.convert(checkpoints[0], folder / demo.BUNDLE, on_step=steps)
+    pruned = road.convert(
+        checkpoints[1],
+        folder / demo.PRUNED_BUNDLE,
+        on_step=lambda name, done: steps(f"pruned: {name}", done),
+    )
+    return dense, pruned
 
 
 def _text(found: "Demo") -> str:
@@ -99,30 +111,34 @@ def _text(found: "Demo") -> str:
         ],
     )
     race, best = found.race, found.best_static_exit
+    full, pruned = found.dense.full.accuracy, found.pruned
     rows = [
-        ["full network, every exit computed", f"{found.full.accuracy:.2%}", "full"],
-        ["same network without exits", f"{found.full.accuracy:.2%}", "static"],
+        ["full network, every exit computed", f"{full:.2%}", "full"],
+        ["same network without exits", f"{full:.2%}", "static"],
         [f"best static network ({best} alone)", f"{found.best_static.accuracy:.2%}", "best_static"],
-        ["early exit, this policy", f"{found.tuned.accuracy:.2%}", "policy"],
+        ["early exit, this policy", f"{found.dense.tuned.accuracy:.2%}", "policy"],
+        ["pruned network, every exit", f"{pruned.full.accuracy:.2%}", "pruned_full"],
+        ["pruned, early exit, its policy", f"{pruned.tuned.accuracy:.2%}", "pruned_policy"],
     ]
     rivals = report.text_table(
-        ["", "accuracy", "mean ms", "policy is faster by"],
+        ["", "accuracy", "mean ms", "policy faster by", "pruned faster by"],
         [
             [
                 name,
                 accuracy,
                 report.milliseconds(race.latency_ms(key)),
-                "" if key == "policy" else f"{race.speed_up('policy', key):.2f}x",
+                "" if "policy" in key else f"{race.speed_up('policy', key):.2f}x",
+                "" if key == "pruned_policy" else f"{race.speed_up('pruned_policy', key):.2f}x",
             ]
             for name, accuracy, key in rows
         ],
     )
     return "\n\n".join(
         [
-            report.profile_table(found.profile),
-            report.policy_table(found.policy),
+            report.profile_table(found.dense.profile),
+            report.policy_table(found.dense.policy),
             pictures,
-            f"On {found.tuned.samples} report samples, all four taking turns in one process:\n\n"
-            + rivals,
+            f"On {found.dense.tuned.samples} report samples, all six taking turns in one process:",
+            rivals,
         ]
     )
