@@ -16,7 +16,6 @@ from edgeexit.bundle import Bundle  # noqa: E402
 from edgeexit.host.answers import RealSamples, tflite_logits  # noqa: E402
 from edgeexit.host.assess import (  # noqa: E402
     Assessment,
-    assess,
     exit_parameters,
     held_out,
     int8_bundle,
@@ -41,7 +40,7 @@ def bundle_of(model: torch.nn.Module, reals: RealSamples, folder: Path) -> Bundl
         model,
         input_shape=trained.SHAPE,
         preprocess=trained.PREPROCESS,
-        class_names=("a", "b", "c", "d"),
+        class_names=trained.CLASSES,
         reals=reals,
         folder=folder,
     )
@@ -49,19 +48,7 @@ def bundle_of(model: torch.nn.Module, reals: RealSamples, folder: Path) -> Bundl
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Assessment:
-    samples, labels = held_out(trained.material(), 120)
-    return assess(
-        trained.net(),
-        graph=analyse(trained.net(), trained.SHAPE),
-        samples=samples,
-        labels=labels,
-        preprocess=trained.PREPROCESS,
-        input_shape=trained.SHAPE,
-        class_names=("a", "b", "c", "d"),
-        reals=trained.reals(),
-        folder=tmp_path_factory.mktemp("assess") / "net",
-        is_measured=False,
-    )
+    return trained.assessed(tmp_path_factory)
 
 
 def test_the_bundle_is_the_one_that_convert_makes(made, tmp_path) -> None:
@@ -71,7 +58,7 @@ def test_the_bundle_is_the_one_that_convert_makes(made, tmp_path) -> None:
         arch="edgeexit.host.zoo:resnet",
         kwargs=trained.KWARGS,
         input_shape=trained.SHAPE,
-        class_names=("a", "b", "c", "d"),
+        class_names=trained.CLASSES,
         preprocess=trained.PREPROCESS,
     )
     reals = trained.reals()

@@ -10,36 +10,19 @@ pytest.importorskip("litert_torch")
 
 from edgeexit.host import comparison as room  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
-from edgeexit.host.assess import Assessment, assess, held_out  # noqa: E402
+from edgeexit.host.assess import Assessment  # noqa: E402
 from edgeexit.host.comparison import comparison  # noqa: E402
-from edgeexit.host.graph import analyse  # noqa: E402
 from tests import host_nets, trained  # noqa: E402
-
-
-def assessment(model: torch.nn.Module, folder) -> Assessment:
-    samples, labels = held_out(trained.material(), 60)
-    return assess(
-        model,
-        graph=analyse(model, trained.SHAPE),
-        samples=samples,
-        labels=labels,
-        preprocess=trained.PREPROCESS,
-        input_shape=trained.SHAPE,
-        class_names=("a", "b", "c", "d"),
-        reals=trained.reals(),
-        folder=folder,
-        is_measured=False,
-    )
 
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory) -> tuple[Assessment, Assessment]:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("comparison")
     torch.manual_seed(0)
-    large = zoo.resnet(**{**trained.KWARGS, "blocks": [4, 4], "widths": [32, 64], "stem": [32]})
+    large = zoo.resnet(**{**trained.KWARGS, "blocks": [2, 2], "widths": [64, 64], "stem": [64]})
     large = host_nets.settled(large, trained.reals())
-    return assessment(large, folder / "large"), assessment(trained.net(), folder / "small")
+    folder = tmp_path_factory.mktemp("comparison") / "large"
+    return trained.assess_here(large, folder), trained.assessed(tmp_path_factory)
 
 
 def graded(net: Assessment, *accuracies: float) -> Assessment:

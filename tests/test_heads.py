@@ -21,7 +21,7 @@ from edgeexit.host.heads import (  # noqa: E402
     logits_layers,
     prototype_heads,
 )
-from edgeexit.host.layers import ConvUnit  # noqa: E402
+from edgeexit.host.layers import ConvUnit, ExitHead  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.quantize import int8  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
@@ -36,18 +36,20 @@ def one_thread() -> None:
 
 
 class Pooled(torch.nn.Module):
-    """Two exits, both with pooled heads: one on a map of *size*, one on a map halved to 2x2."""
+    """Pooled heads on a map of *size* and on one of 2x2, and a plain head on the latter."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.first = ConvUnit(1, 8)
         self.second = torch.nn.Sequential(*(ConvUnit(8, 8, stride=2) for _ in range(3)))
         small = tuple(-(-side // 8) for side in size)
-        self.heads = torch.nn.ModuleList([PooledHead(8, size, 5), PooledHead(8, small, 5)])
+        pooled = [PooledHead(8, size, 5), PooledHead(8, small, 5)]
+        self.heads = torch.nn.ModuleList([*pooled, ExitHead(8, small, 5)])
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         y = self.first(x)
-        return self.heads[0](y), self.heads[1](self.second(y))
+        z = self.second(y)
+        return self.heads[0](y), self.heads[1](z), self.heads[2](z)
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
@@ -73,7 +75,7 @@ def test_a_pooled_head_mixes_as_the_paper_does() -> None:
     assert float(head.mix.grad) != 0.0
 
 
-def test_pooled_heads_reach_int8_and_the_cut_exactly() -> None:
+def test_pooled_and_prototype_heads_reach_int8_and_the_cut_exactly() -> None:
     size = (14, 12)  # windows that overlap, and windows that do not
     torch.manual_seed(0)
     preprocess = Preprocess(
@@ -83,13 +85,17 @@ def test_pooled_heads_reach_int8_and_the_cut_exactly() -> None:
     model = host_nets.settled(Pooled(size), reals)
     with torch.no_grad():
         model.heads[0].mix.fill_(0.7)
+    inputs = torch.stack([torch.from_numpy(real).permute(2, 0, 1) for real in reals])
+    prototype_heads(model, ["exit1", "exit2"], [(inputs, torch.arange(64) % 5)])
     lowered = lower.from_torch(model, (1, 1, *size), preprocess)
     check_parity(
         torch_logits(model, reals), tflite_logits(lowered.data, lowered.exits, reals), reals
     )
+    kinds = [op.kind for op in tflite.read_model(lowered.data, "lowered").operators]
+    assert kinds.count("FULLY_CONNECTED") == 3  # one for each exit, prototypes or not
     quantized = int8(lowered, reals)
     check_chain(quantized.data, quantized.exits, reals)
-    assert min(quantized.agreement.values()) > 0.85
+    assert min(quantized.agreement.values()) > 0.8
 
 
 def batches_of(count: int = 96, classes: int = 4, seed: int = 0) -> list:
@@ -180,18 +186,6 @@ def test_the_mode_of_the_network_is_left_as_it_was() -> None:
     prototype_heads(model, ["exit0"], batches_of())
     assert model.training
     torch.testing.assert_close(model.stem[0][1].running_mean, before, rtol=0, atol=0)
-
-
-def test_a_prototype_head_is_one_fully_connected_operator() -> None:
-    model = small_net(heads=[[], []])
-    prototype_heads(model, ["exit0", "exit1", "exit2"], batches_of())
-    preprocess = Preprocess(
-        kind="image", size=(8, 8), color="gray", scale=1 / 255, mean=(0.4,), std=(0.3,)
-    )
-    lowered = lower.from_torch(model, (1, 1, 8, 8), preprocess)
-    found = tflite.read_model(lowered.data, "lowered")
-    names = [operator.kind for operator in found.operators]
-    assert names.count("FULLY_CONNECTED") == 3
 
 
 def test_what_cannot_have_class_means_is_refused() -> None:

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -194,20 +193,22 @@ def test_a_recipe_or_a_regime_has_nothing_to_recover(tmp_path) -> None:
         assert "expected a checkpoint and no --regime" in str(result.exception)
 
 
-def test_training_shows_what_came_out_as_int8(monkeypatch, tmp_path) -> None:
-    measured = partial(assess_room.measured, processes=1)
-    monkeypatch.setattr(
-        assess_room, "measured", lambda bundle, *, seconds, on_step: measured(bundle, seconds=0.2)
-    )
+def test_training_shows_what_came_out_as_int8(monkeypatch, tmp_path, tmp_path_factory) -> None:
+    bundle = trained.assessed(tmp_path_factory).bundle
+    latencies = dict.fromkeys(bundle.exits, (1.5, 1.25, 1.75))
+    monkeypatch.setattr(assess_room, "int8_bundle", lambda *_args, **_given: bundle)
+    monkeypatch.setattr(assess_room, "measured", lambda *_args, **_given: latencies)
     path, said = checkpoint_in(tmp_path)
     words = [str(path), *said[1:], "--epochs", "1", "--regime", "frozen", "--batch", "32"]
     done = CliRunner().invoke(command, words, catch_exceptions=False)
-    assert "int8" in done.stdout
+    assert done.stdout.count("1.50 (1.25 .. 1.75)") == 4
     assert done.stdout.count(" before ") >= 2
-    assert "held-out training samples" in done.stdout
-    assert "judge" in done.stderr
+    assert "right of 300 held-out training samples" in done.stdout
+    assert "after: judge" in done.stderr
+    found = CliRunner().invoke(command, [*words, "--json"], catch_exceptions=False)
+    assert len(json.loads(found.stdout)["worth"]["after"]["exits"]) == 2
     monkeypatch.setattr(assess_room, "int8_bundle", _refuse)
-    done = CliRunner().invoke(command, [*words, "--again"], catch_exceptions=False)
+    done = CliRunner().invoke(command, words, catch_exceptions=False)
     assert done.exit_code == 0
     assert "Not measured: cannot be lowered" in done.stderr
     assert "% of the held-out samples right" in done.stdout
