@@ -85,7 +85,7 @@ class BlockIdentity(Phase):
             int(np.random.default_rng([self.seed, 13, self.iteration]).integers(1 << 62))
         )
         drawn = torch.randn(width, self.options.directions, generator=generator)
-        return drawn / torch.linalg.vector_norm(drawn, dim=0)
+        return nn.functional.normalize(drawn, dim=0)
 
     def after_step(self) -> None:
         """The next batch has directions of its own."""
