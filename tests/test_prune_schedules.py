@@ -11,7 +11,6 @@ from edgeexit.errors import UsageError
 from edgeexit.host.prune.schedules import (
     SCHEDULES,
     TAU,
-    Patience,
     StructureStability,
     exponential,
     geometric,
@@ -112,37 +111,6 @@ def test_a_wrong_plan_is_refused(
 
 
 # ---------------------------------------------------------------- stop rules
-
-
-@laws
-@given(st.lists(st.integers(0, 9), max_size=30), st.integers(1, 5))
-def test_patience_ends_after_that_many_scores_without_a_gain(
-    scores: list[int], patience: int
-) -> None:
-    rule = Patience(patience)
-    since, best = 0, -1
-    for score in scores:
-        since, is_best = (0, True) if score > best else (since + 1, False)
-        best = max(best, score)
-        assert rule.take(score) == is_best
-        assert rule.is_over == (since >= patience)
-        again = Patience(patience)
-        again.load(rule.state())
-        assert again == rule
-
-
-def test_patience_of_zero_never_stops_and_nan_is_no_gain() -> None:
-    endless, strict = Patience(0), Patience(2, least_gain=0.1)
-    for _ in range(50):
-        endless.take(0.0)
-    strict.take(0.5)
-
-    assert not endless.is_over
-    assert not strict.take(float("nan"))
-    assert not strict.take(0.55)
-    assert strict.is_over
-    with pytest.raises(UsageError, match="expected 0 or more"):
-        Patience(-1)
 
 
 structures = st.lists(st.integers(0, 50), min_size=3, max_size=3).map(

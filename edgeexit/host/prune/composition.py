@@ -15,7 +15,7 @@ from edgeexit.files import Table
 from edgeexit.host.prune.allocators import ALLOCATORS
 from edgeexit.host.prune.criteria import CRITERIA
 from edgeexit.host.prune.phases import PHASES
-from edgeexit.host.prune.schedules import SCHEDULES
+from edgeexit.host.prune.schedules import SCHEDULES, planned
 from edgeexit.host.prune.scopes import SCOPES
 from edgeexit.host.prune.selectors import SELECTORS
 from edgeexit.names import choose
@@ -72,6 +72,7 @@ class Composition:
     block_criterion: str = "cka"
     allocator: str = "global"
     schedule: str = "geometric"
+    schedule_options: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
     scope: str = "all"
     selector: str = "filters"
@@ -92,7 +93,7 @@ class Composition:
         criterion = choose(self.criterion, CRITERIA, "criterion")
         block_criterion = choose(self.block_criterion, CRITERIA, "block criterion")
         choose(self.allocator, ALLOCATORS, "allocator")
-        choose(self.schedule, SCHEDULES, "schedule")
+        self.gone()
         choose(self.selector, SELECTORS, "selector")
         choose(self.scope, SCOPES, "scope")
         if self.phase is not None:
@@ -103,6 +104,11 @@ class Composition:
             raise self._cannot("criterion", "scores no filters", "units")
         if self.selector != "filters" and block_criterion.blocks is None:
             raise self._cannot("block_criterion", "scores no blocks", "blocks")
+        if self.allocator == "latency" and self.target.what != "latency":
+            raise UsageError(
+                f"target {self.target.what}=...: the allocator latency needs latency=..., "
+                "for which latencies are measured"
+            )
         if self.is_unstructured and self.selector != "filters":
             raise UsageError("target weights=...: single weights have no blocks to select from")
         asked = {"phase": self.phase, **{k: getattr(self, k) for k in OF_FILTERS}}
@@ -123,11 +129,18 @@ class Composition:
         """Whether single weights are zeroed instead of filters and blocks removed."""
         return self.target.what == "weights"
 
+    def gone(self) -> list[float]:
+        """The share of the target's cost that is gone after each step of the schedule."""
+        share = 1 - self.target.share
+        return planned(self.schedule, share, self.steps, self.schedule_options)
+
     def to_document(self) -> dict[str, Any]:
         """As plain values, for metadata and digests."""
         document = {name: getattr(self, name) for name in self.__dataclass_fields__}
         document["target"] = {self.target.what: self.target.share}
         document["protect"] = list(self.protect)
+        if not self.schedule_options:
+            del document["schedule_options"]
         return document
 
 
@@ -170,8 +183,9 @@ def from_table(table: Table, base: Composition) -> Composition:
             changes[key] = value
     if "phase" in table:
         changes["phase"] = table.get("phase", str) or None
-    if "phase_options" in table:
-        changes["phase_options"] = dict(table.get("phase_options", dict))
+    for key in ("phase_options", "schedule_options"):
+        if key in table:
+            changes[key] = dict(table.get(key, dict))
     if "protect" in table:
         changes["protect"] = tuple(table.list_of("protect", str))
     if "target" in table:

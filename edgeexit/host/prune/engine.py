@@ -29,7 +29,7 @@ from edgeexit.host.prune.phase import Facts
 from edgeexit.host.prune.phases import PHASES
 from edgeexit.host.prune.recipe import PruneRecipe
 from edgeexit.host.prune.removal import Removal
-from edgeexit.host.prune.schedules import StructureStability, planned
+from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
 
@@ -248,7 +248,7 @@ class _Work:
             return [share] * (self.step if is_over else self.step + 1)
         if self.plan.foresight:
             return [share]  # all steps of the schedule are scored at once
-        gone = planned(self.plan.schedule, 1 - share, self.plan.steps, {})
+        gone = self.plan.gone()
         return [1 - one for one in gone]
 
     def _cut(self, stage: Stage, share: float) -> None:

@@ -450,7 +450,9 @@ class Removal:
             return score(replace(evidence, batches=list(some), masks=keeps))
 
         if self.plan.foresight:
-            shares = planned(self.plan.schedule, 1 - share, self.plan.steps, {})
+            shares = planned(
+                self.plan.schedule, 1 - share, self.plan.steps, self.plan.schedule_options
+            )
             come_back = self.plan.come_back
             iterate(masks, saliency, shares, evidence.batches, come_back=come_back)
         else:

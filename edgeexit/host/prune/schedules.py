@@ -2,7 +2,7 @@
 When how much goes, and when to stop: shares removed over the steps, patience, stability.
 
 Callers see planned and SCHEDULES (a name gives the cumulative share removed after each step),
-and two stop rules. The surprise: the published hybrid code subtracts its first shot but goes on
+and a stop rule. The surprise: the published hybrid code subtracts its first shot but goes on
 from the whole network, and misses its target; here every plan ends on the target exactly.
 """
 
@@ -106,49 +106,7 @@ def _ending(shares: list[float], total: float) -> list[float]:
     return [*(min(share, total) for share in shares[:-1]), total]
 
 
-# ---------------------------------------------------------------- stop rules
-
-
-@dataclass
-class Patience:
-    """
-    Early stopping: over when *patience* scores in a row did not beat the best by *least_gain*.
-
-    Scores are of the hold-out, higher = better; *patience* 0 never stops. *best* starts at
-    minus infinity, *waited* counts the scores since it.
-    """
-
-    patience: int
-    least_gain: float = 0.0
-    best: float = float("-inf")
-    waited: int = 0
-
-    def __post_init__(self) -> None:
-        if self.patience < 0 or self.least_gain < 0:
-            raise UsageError(
-                f"patience {self.patience}, least_gain {self.least_gain}: expected 0 or more"
-            )
-
-    def take(self, score: float) -> bool:
-        """Note the next *score*; whether it is the best so far. A NaN never is."""
-        is_best = score > self.best + self.least_gain
-        self.best, self.waited = (score, 0) if is_best else (self.best, self.waited + 1)
-        return is_best
-
-    @property
-    def is_over(self) -> bool:
-        """Whether it is time to stop."""
-        return 0 < self.patience <= self.waited
-
-    def state(self) -> dict[str, Any]:
-        """Plain values for resume; without a score so far *best* is None."""
-        return {"best": None if self.best == float("-inf") else self.best, "waited": self.waited}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from state()."""
-        best = state["best"]
-        self.best = float("-inf") if best is None else float(best)
-        self.waited = int(state["waited"])
+# ---------------------------------------------------------------- when to begin
 
 
 Structure = Mapping[str, int]
