@@ -217,9 +217,11 @@ class Study:
         for number, line in enumerate(data[:whole].splitlines(), start=1):
             try:
                 table = parse_json(line, f"{self.journal}: line {number}")
-                table.get("op_code", int)
-            except BadFile as error:
-                raise self._damaged(f"line {number} is damaged") from error
+                is_sound = table.get("op_code", int) >= 0 and table.find("study_id", int, 0) == 0
+            except BadFile:
+                is_sound = False
+            if not is_sound:
+                raise self._damaged(f"line {number} is damaged")
 
     def _damaged(self, what: str) -> BadFile:
         return BadFile(
@@ -302,6 +304,8 @@ class Study:
         """A trial with what its job's folder holds."""
         digest = trial.user_attrs.get("job")
         folder = None if digest is None else self.jobs / str(digest)
+        if digest is not None and self.job(trial.params).digest != digest:
+            raise self._damaged(f"trial {trial.number} names another job than its values make")
         result = None if folder is None else Result.load(folder)
         reason = str(trial.user_attrs.get("refused") or trial.user_attrs.get("failed") or "")
         if result is not None and result.refused is not None:
