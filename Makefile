@@ -12,7 +12,7 @@ demo: $(READY)
 	$(BIN)/edgeexit demo --from-checkpoint
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 setup: $(READY)
 

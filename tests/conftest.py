@@ -1,8 +1,12 @@
 """Options and markers shared by all tests."""
 
+import os
 from importlib.util import find_spec
 
 import pytest
+
+# Tests run in as many processes as there are cores (make test): more threads only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
