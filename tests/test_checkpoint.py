@@ -398,6 +398,9 @@ def test_a_foreign_network_that_stays_without_memory_is_refused(
         {"widths": [[1] * 9, [1]], "head": "convs"},
         {"widths": None},
         {"more": 1},
+        {"surgery": 3},
+        {"surgery": [{"remove": "nowhere"}]},
+        {"surgery": [{"remove": "blocks.0"}]},
     ],
 )
 def test_wrong_attached_exits_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ torch = pytest.importorskip("torch")
 
 from edgeexit.errors import Unsupported, UsageError  # noqa: E402
 from edgeexit.host.model import attach, exit_outputs  # noqa: E402
-from edgeexit.host.zoo import vit  # noqa: E402
+from edgeexit.host.zoo import conv1d, vit  # noqa: E402
 
 pytestmark = pytest.mark.host
 
@@ -93,3 +93,65 @@ def test_exits_are_named_by_the_keys_of_a_dict() -> None:
             return {"early": x, "late": x + 1}
 
     assert list(exit_outputs(Named(), torch.zeros(1, 2))) == ["early", "late"]
+
+
+def test_sequences_are_averaged_over_places_and_tokens_over_themselves() -> None:
+    sequences = conv1d(exits=[])
+    tokens = vit(blocks=2, exits=[], width=8, heads=2, size=[8, 8])
+
+    one = attach(sequences, ["stem.2", "blocks.0"], input_shape=[1, 6, 128])
+    other = attach(tokens, ["stem.conv", "blocks.0"], input_shape=[1, 3, 8, 8])
+
+    kinds = [type(head).__name__ for net in (one, other) for head in net.heads]
+    assert kinds == ["SequenceHead", "SequenceHead", "ExitHead", "TokenHead"]
+
+
+@pytest.mark.parametrize(
+    ("head", "widths", "kind"),
+    [
+        ("average", None, "ExitHead"),
+        ("pooled", None, "PooledHead"),
+        ("convs", [[4, 6], [5]], "ExitHead"),
+    ],
+)
+def test_a_kind_of_head_is_chosen_by_name(head: str, widths: Any, kind: str) -> None:
+    net = attach(
+        Backbone(), ["first", "second"], input_shape=[1, 1, 8, 8], head=head, widths=widths
+    )
+
+    assert {type(one).__name__ for one in net.heads} == {kind}
+    assert len(net.eval()(torch.zeros(2, 1, 8, 8))) == 3
+    convs = sum(isinstance(part, torch.nn.Conv2d) for part in net.heads.modules())
+    assert convs == sum(map(len, widths or []))
+
+
+def test_heads_do_not_fit_everywhere() -> None:
+    class Odd(Backbone):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Linear(2, 2)
+
+    def refused(kind: type[Exception], words: str, at: list[str], **given: Any) -> None:
+        with pytest.raises(kind, match=words):
+            attach(Odd(), at, input_shape=[1, 1, 8, 8], **given)
+
+    refused(Unsupported, "takes no part", ["unused"])
+    refused(UsageError, "earliest first: first, second", ["second", "first"])
+    refused(UsageError, "kind of exit head", ["first"], head="nonsense")
+    refused(UsageError, "expected at least one", ["first"], head="convs")
+    refused(UsageError, "expected none", ["first"], widths=[[4]])
+    refused(UsageError, "expected none", ["last"], head="convs", widths=[[4]])
+    refused(UsageError, "one for each exit", ["first"], widths=[[], []])
+    with pytest.raises(Unsupported, match="3 exits already"):
+        attach(vit(blocks=3, exits=[1, 2]), ["stem"], input_shape=[1, 3, 32, 32])
+
+
+def test_a_backbone_without_memory_gets_heads_of_the_same_shapes() -> None:
+    with torch.device("meta"):
+        empty = Backbone()
+
+    net = attach(empty, ["first"], input_shape=[1, 1, 8, 8], head="pooled", device="meta")
+
+    real = attach(Backbone(), ["first"], input_shape=[1, 1, 8, 8], head="pooled")
+    assert all(weight.is_meta for weight in net.parameters())
+    assert [w.shape for w in net.parameters()] == [w.shape for w in real.parameters()]

@@ -39,7 +39,7 @@ class Tap:
 
 def tap_points(model: nn.Module, input_shape: Sequence[int]) -> list[Tap]:
     """
-    The modules of *model*, earliest first, where an exit makes sense.
+    The modules of *model* (set to eval mode), earliest first, where an exit makes sense.
 
     Every path from the input to the (last) answer leads through their output; of several such
     outputs with no layer in between the last one counts (behind norm, activation and pooling),
