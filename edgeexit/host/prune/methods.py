@@ -39,16 +39,32 @@ METHODS: dict[str, Composition] = {
     "nepenthe": Composition(
         criterion="state-entropy", allocator="egp", steps=3, linearise=True, coupled=False
     ),
+    # The same papers as they stand: single weights, half of what is left in each iteration.
+    "nepenthe-weights": Composition(
+        criterion="magnitude",
+        allocator="egp",
+        steps=3,
+        target=Target(what="weights", share=0.5**3),
+    ),
     # "One-Shot vs Iterative" (arXiv 2508.13836).
     "hybrid": Composition(criterion="l1", schedule="hybrid", steps=4),
-    # Zhi et al., polarization regularisation in one pass (arXiv 2302.10798).
+    # Zhi et al., polarization regularisation in one pass (arXiv 2302.10798). The sparsity term
+    # must outweigh the other one while that grows, or too few gates close.
     "polarization": Composition(
-        criterion="l1", schedule="one-shot", steps=1, phase="polarization", phase_epochs=3
+        criterion="l1",
+        schedule="one-shot",
+        steps=1,
+        phase="polarization",
+        phase_options={"sparsity": 1.5},
+        phase_epochs=3,
     ),
     # Rachwan et al., EarlyCroP (arXiv 2206.10451): the structured score.
     "crop": Composition(criterion="crop-s", schedule="one-shot", steps=1),
-    # Zhou et al., effective filter analysis (arXiv 2206.03596): the rank as a cap.
-    "effective-rank": Composition(criterion="taylor", rank_cap=True),
+    # Zhou et al., effective filter analysis (arXiv 2206.03596): the rank as a cap. A cap is meant
+    # to stop early: the target asks for little.
+    "effective-rank": Composition(
+        criterion="taylor", rank_cap=True, target=Target(what="macs", share=0.8)
+    ),
     # Liu et al., "The Unreasonable Effectiveness of Random Pruning" (arXiv 2202.02643).
     "random-erk": Composition(
         criterion="random",
@@ -58,7 +74,10 @@ METHODS: dict[str, Composition] = {
         target=Target(what="weights", share=0.2),
     ),
     # Shen et al., "When to Prune?" (arXiv 2110.12007): wait until the structure is stable.
-    "early-indicator": Composition(criterion="l1", schedule="one-shot", steps=1, stability=True),
+    # It needs a window of structures before it can tell, and gives up after phase_epochs.
+    "early-indicator": Composition(
+        criterion="l1", schedule="one-shot", steps=1, stability=True, phase_epochs=20
+    ),
     # Wang et al., "Neural Pruning via Growing Regularization" (arXiv 2012.09243).
     "greg-1": Composition(
         criterion="l1",
@@ -95,7 +114,9 @@ METHODS: dict[str, Composition] = {
         target=Target(what="weights", share=0.1),
     ),
     # Quétu et al., LaCoOT (arXiv 2406.08933): blocks trained to be identities.
-    "lacoot": Composition(selector="blocks", block_criterion="cka", phase="block-identity"),
+    "lacoot": Composition(
+        selector="blocks", block_criterion="cka", phase="block-identity", phase_epochs=3
+    ),
     # HALP (Shen et al. 2022, arXiv 2110.10811): a knapsack on measured latencies.
     "halp": Composition(
         criterion="taylor", allocator="latency", target=Target(what="latency", share=0.6)
