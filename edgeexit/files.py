@@ -334,6 +334,31 @@ def npz_bytes(arrays: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def check_output(path: Path, *inputs: Path | str | None) -> None:
+    """
+    Refuse *path* before hours go into what shall be written there and to its state file.
+
+    UsageError if it is no name of a file, or if writing would replace one of *inputs*;
+    StorageError if the folder takes no file.
+    """
+    if not path.name or path.is_dir():
+        raise UsageError(f"{path}: is a folder, expected a file", hint="name a file with -o")
+    state = path.with_name(path.name + ".state")
+    for other in filter(None, inputs):
+        for mine in (path, state):
+            if mine.exists() and Path(other).exists() and mine.samefile(other):
+                raise UsageError(
+                    f"{mine}: is what is read here, and would be overwritten",
+                    hint="name another file with -o",
+                )
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with (
+        storage(path),
+        tempfile.NamedTemporaryFile(prefix=f".{state.name}.", suffix=".part", dir=folder),
+    ):
+        pass
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write *path* durably: temporary neighbour, fsync, rename, fsync of the folder."""
     with storage(path):

@@ -18,6 +18,7 @@ import click
 from edgeexit.errors import DeviceError, EdgeExitError, UsageError, from_os_error, printable
 
 _PROGRAM = "edgeexit"
+MOST_SHOWN = 2000
 
 COMMANDS = {
     "attach": "give a plain network exits, and show where they can go",
@@ -192,8 +193,9 @@ def show_error(message: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """*text* with every run of blanks and line ends as one blank, and made printable."""
-    return printable(" ".join(text.split()))
+    """*text* with every run of blanks and line ends as one blank, made printable, not endless."""
+    line = " ".join(text.split())
+    return printable(line if len(line) <= MOST_SHOWN else f"{line[:MOST_SHOWN]}...")
 
 
 def finite(context: click.Context, option: click.Parameter, value: float | None) -> float | None:

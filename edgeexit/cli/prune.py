@@ -182,15 +182,15 @@ def _recipe(options: dict[str, Any]) -> "PruneRecipe":
     recipe = replace(recipe, composition=replace(recipe.composition, **changes))
     if options["data"] is not None:
         recipe = replace(recipe, data=DataPart(path=options["data"]))
+    if options["learning_rate"] is not None and not 1e-9 <= options["learning_rate"] <= 100:
+        raise UsageError(
+            f"--learning-rate: found {options['learning_rate']:g}, expected 1e-09 to 100"
+        )
     for key, epochs in (("finetune", options["epochs"]), ("final", options["final_epochs"])):
         part = getattr(recipe, key)
         if epochs is not None:
             part = replace(part or default_training(1), epochs=epochs) if epochs else None
         if part is not None and options["learning_rate"] is not None:
-            if not 1e-9 <= options["learning_rate"] <= 100:
-                raise UsageError(
-                    f"--learning-rate: found {options['learning_rate']:g}, expected 1e-09 to 100"
-                )
             part = replace(part, learning_rate=options["learning_rate"])
         if part is not None and options["seed"] is not None:
             part = replace(part, seed=options["seed"])

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from edgeexit.errors import Unsupported, UsageError
+from edgeexit.files import check_output
 from edgeexit.host.answers import RealSamples
 from edgeexit.host.assess import Interval, int8_bundle, measured
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
@@ -93,6 +94,7 @@ def attach_exits(
     step = on_step or (lambda name, done: None)
     path = Path(path)
     target = path.with_name(f"{path.stem}-exits.pt") if out is None else Path(out)
+    check_output(target, path)
     choose(head, HEADS, "kind of exit head")
     if at is not None and exits is not None:
         raise UsageError("both the exits' modules and their number are given, expected one")
@@ -112,6 +114,13 @@ def attach_exits(
         if one >= other:
             raise UsageError(
                 f"no layer lies between the exits at {names[k]!r} and {names[k + 1]!r}"
+            )
+    for name, cost, own in zip(names, bare, heads, strict=True):
+        if cost + own >= total:
+            raise UsageError(
+                f"an exit at {name!r} costs {cost + own:,} MACs, the network's own answer "
+                f"{total:,}: expected less",
+                hint="choose an earlier module, or a cheaper kind of head",
             )
     if target.exists() and not again:
         raise UsageError(

@@ -172,20 +172,26 @@ def probe_of(model: nn.Module, input_shape: Sequence[int]) -> dict[str, Any]:
     return {"inputs": inputs, "logits": {name: one.clone() for name, one in outputs.items()}}
 
 
-def _check_probe(model: nn.Module, probe: object, where: str) -> None:
+def _check_probe(model: nn.Module, probe: object, input_shape: tuple[int, ...], where: str) -> None:
     """BadFile unless the network, operated on as the file says, answers as the file says."""
     try:
         assert isinstance(probe, dict)
-        inputs, logits = probe["inputs"], dict(probe["logits"])
-        assert inputs.shape[0] == PROBES and logits
+        inputs, logits = probe["inputs"], probe["logits"]
+        # Of another size it could ask for any amount of memory.
+        _check_numbers(inputs, (PROBES, *input_shape[1:]))
         with torch.no_grad():
             found = exit_outputs(model.eval(), inputs.float())
         assert list(found) == list(logits)
+        for name, one in found.items():
+            _check_numbers(logits[name], tuple(one.shape))
         worst = max(
             float((found[name] - logits[name]).abs().max() / logits[name].abs().max())
-            for name in logits
+            for name in found
         )
-    except (AssertionError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        *(AssertionError, KeyError, TypeError, ValueError, AttributeError, RuntimeError),
+        *(IndexError, EdgeExitError),
+    ) as error:
         raise BadFile(
             f"{where}: probe: missing or not fitting the network: a pruned network cannot be "
             "checked without it",
@@ -198,6 +204,19 @@ def _check_probe(model: nn.Module, probe: object, where: str) -> None:
             "altered",
             hint="copy the file again, or prune again",
         )
+
+
+def _check_numbers(tensor: object, shape: tuple[int, ...]) -> None:
+    """ValueError unless *tensor* has *shape* and holds finite floats, all of them in the file."""
+    is_sound = (
+        isinstance(tensor, torch.Tensor)
+        and tensor.shape == shape
+        and tensor.is_floating_point()
+        and _is_whole(tensor)
+        and bool(torch.isfinite(tensor).all())
+    )
+    if not is_sound:
+        raise ValueError("not the numbers that were expected")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -275,10 +294,10 @@ def _read(
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
     state = _state(stored, where)
     attached = _attached(table)
-    entries = document.get("surgery", [])
+    entries = _optional(table, "surgery", list) or []
     model = _with_weights(named, arch, kwargs, state, where, attached, input_shape, entries)
     if entries or (attached or {}).get("surgery"):
-        _check_probe(model, document.get("probe"), where)
+        _check_probe(model, document.get("probe"), input_shape, where)
     found = _probe(model, input_shape, len(class_names), where)
     return Checkpoint(
         model=model,

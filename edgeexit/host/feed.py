@@ -125,6 +125,12 @@ def _from_samples(
     path = Path(str(data.path))
     if not path.exists():  # SET:SPLIT is no path: calibration sets are not for training
         raise UsageError(f"{path}: no such file or folder")
+    if any((folder / "set.toml").is_file() for folder in (path, path.parent)):
+        raise UsageError(
+            f"{path}: belongs to a calibration set, whose samples judge networks: they are not "
+            "for training",
+            hint="name other samples, with --data or in the recipe",
+        )
     names = data.class_names or _class_folders(path)
     if names is None:
         raise UsageError(f"{path}: data.class_names is missing from the recipe")

@@ -149,7 +149,8 @@ class Fit:
         if not self.batches:
             raise UsageError(
                 f"{where}: training.batch: found {part.batch}, but there are "
-                f"{len(material.training)} training samples"
+                f"{len(material.training)} training samples",
+                hint="more samples, fewer held out, or a smaller batch (in a recipe: batch = ...)",
             )
         self.plan = plan(part, where)
         choose(part.head_init, HEAD_INITS, "way to start exit heads")

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported, UsageError
+from edgeexit.files import check_output
 from edgeexit.host.answers import RealSamples
 from edgeexit.host.assess import (
     float_accuracies,
@@ -147,6 +148,7 @@ def recover_checkpoint(
     UsageError if *out* is there and not *again*, or for data that will not do; otherwise as
     load_checkpoint and recover. Nothing is written unless all went well.
     """
+    check_output(out, source, None if data is None else data.path)
     if out.exists() and not again:
         raise UsageError(
             f"{out}: is there already", hint="name another file with -o, or replace it with --again"

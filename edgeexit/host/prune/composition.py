@@ -42,7 +42,7 @@ class Target:
             share = float(number)
         except ValueError:
             share = -1.0
-        if not equals or what not in TARGETS or not 0 < share < 1:
+        if not equals or what not in TARGETS or not 0 < 1 - share < 1:
             raise UsageError(
                 f"--target: found {text!r}, expected WHAT=SHARE with WHAT of "
                 f"{', '.join(TARGETS)} and the share that remains, above 0 and below 1",
@@ -195,7 +195,7 @@ def from_table(table: Table, base: Composition) -> Composition:
             raise BadFile(f"{target.where}: expected one of {', '.join(TARGETS)}")
         (what,) = target.values
         share = target.get(what, float)
-        if not 0 < share < 1:
+        if not 0 < 1 - share < 1:  # also no 1e-300
             raise BadFile(f"{target.where}.{what}: found {share:g}, expected above 0 and below 1")
         changes["target"] = Target(what=what, share=share)
     return replace(base, **changes)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from edgeexit.errors import BadFile, UsageError
-from edgeexit.files import read_bytes, write_file
+from edgeexit.files import check_output, read_bytes, write_file
 from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
@@ -93,6 +93,7 @@ def prune(
     Unsupported for a network, recipe or data that will not do; StorageError if the state or the
     checkpoint cannot be written.
     """
+    check_output(out, model_path, recipe.where, recipe.data.path)
     checkpoint = load_checkpoint(model_path, arch=arch)
     digest = recipe.digest(checkpoint.digest)
     if not again:
