@@ -178,6 +178,7 @@ def test_refusals_name_what_is_wrong(here: Path) -> None:
     refused(UsageError, "different names", at=["stem", "stem"])
     refused(UsageError, "no layer lies between", at=["stem", "stem.0"])
     refused(UsageError, "both", at=["stem"], exits=1)
+    refused(UsageError, "expected less", at=["blocks.3"])
     refused(UsageError, "4 places", exits=5)
     refused(UsageError, "0 places", "flat.pt", arch="flat_net:make")
     refused(UsageError, "kind of exit head", head="nonsense")
