@@ -583,7 +583,7 @@ def test_an_interrupted_training_of_a_checkpoint_goes_on_to_the_same_bytes(tmp_p
 def test_a_checkpoint_is_not_replaced_by_its_own_training(tmp_path: Path) -> None:
     start = trained(tmp_path)
 
-    with pytest.raises(UsageError, match="is there already"):
+    with pytest.raises(UsageError, match="would be overwritten"):
         train(start, start, choices=Choices(epochs=1))
 
 
@@ -692,6 +692,23 @@ def test_the_command_trains_a_checkpoint(tmp_path: Path) -> None:
 
     assert json.loads(done.stdout)["checkpoint"] == str(tmp_path / "tiny-trained.pt")
     assert "epoch 2/2 (heads)" in done.stderr
+
+
+def test_prototypes_are_set_and_nothing_is_trained(tmp_path: Path) -> None:
+    start = trained(tmp_path)
+    said = [str(start), "--regime", "prototypes", "--no-measure"]
+
+    done = CliRunner().invoke(command, said, catch_exceptions=False)
+
+    old, new = load_checkpoint(start), load_checkpoint(tmp_path / "tiny-trained.pt")
+    state = new.model.state_dict()
+    moved = {k for k, v in old.model.state_dict().items() if not torch.equal(v, state[k])}
+    assert moved == {"heads.1.linear.weight", "heads.1.linear.bias"}
+    assert new.metadata["regime"] == "prototypes"
+    assert new.metadata["holdout_accuracies"]["exit0"] > 0.6
+    assert "tiny-trained.pt: class means" in done.stdout
+    wrong = CliRunner().invoke(command, [*said, "--epochs", "3"])
+    assert "nothing is trained" in str(wrong.exception)
 
 
 def test_a_recipe_makes_its_own_choices(tmp_path: Path) -> None:

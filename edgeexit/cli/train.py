@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 )
 @click.option("--again", is_flag=True, help="train anew, replacing what is there")
 @click.option("--json", "as_json", is_flag=True, help="print the result as one JSON document")
-@click.option("--regime", help="joint (default), frozen (heads only) or mixed")
+@click.option(
+    "--regime",
+    help="joint (default), frozen (heads only), mixed, or prototypes (heads out of class means)",
+)
 @click.option(
     "--data", metavar="PATH", help="class folders, an .npz, or MNIST-like; default: as before"
 )
@@ -109,7 +112,8 @@ def command(
         return
     if result.was_done:
         click.echo(f"{result.path} is there already, made by this recipe; --again trains anew.")
-    click.echo(f"{result.path}: epoch {result.best_epoch} of {result.epochs}")
+    epochs = f"epoch {result.best_epoch} of {result.epochs}" if result.epochs else "class means"
+    click.echo(f"{result.path}: {epochs}")
     if worth is not None:
         click.echo(worth.text())
         return

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.errors import BadFile, UsageError
-from edgeexit.files import digest_of, json_bytes, read_bytes, write_file
+from edgeexit.files import check_output, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host.checkpoint import (
     Checkpoint,
     Purpose,
@@ -26,7 +26,7 @@ from edgeexit.host.checkpoint import (
     save_again,
     save_checkpoint,
 )
-from edgeexit.host.fit import REGIMES, Fit
+from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
@@ -102,6 +102,10 @@ FROM_CHECKPOINT: dict[str, TrainingPart] = {
         equilibrium=True,
         distillation=0.5,
     ),
+    # Goermez et al. 2021 (arXiv 2103.01148): the nearest class mean, nothing is trained.
+    "prototypes": TrainingPart(
+        regime="frozen", epochs=0, batch=2, learning_rate=1.0, head_init="class-means"
+    ),
 }
 
 
@@ -135,6 +139,7 @@ def train(
     else:
         job = _job_of_checkpoint(source, choices or Choices(), arch)
         out = source.with_name(f"{source.stem}-trained.pt") if out is None else out
+    check_output(out, source, job.network, job.data.path)
     done = None if again else _finished(out, job, arch)
     if done is not None:
         return done
@@ -144,6 +149,8 @@ def train(
     if state_path.exists() and not again:
         session.resume(state_path)
     fit = session.fit
+    if not job.training.epochs:
+        session.set_prototypes()
     while not fit.is_done:
         fit.run_epoch(on_step)
         write_file(state_path, session.state_bytes())
@@ -173,6 +180,7 @@ class _Job:
     augmentation: Augmentation | None
     training: TrainingPart
     has_fresh_heads: bool = False
+    network: Path | None = None  # the file that weights are read from, if a recipe names one
 
 
 def _job_of_recipe(path: Path, arch: str | None) -> _Job:
@@ -191,6 +199,7 @@ def _job_of_recipe(path: Path, arch: str | None) -> _Job:
         data=data,
         augmentation=recipe.augmentation,
         training=recipe.training,
+        network=recipe.model if isinstance(recipe.model, Path) else recipe.model.initial_weights,
     )
 
 
@@ -207,7 +216,13 @@ def _job_of_checkpoint(path: Path, choices: Choices, arch: str | None) -> _Job:
     start = _loaded(path, arch, choices.calibration)
     digest = digest_of(json_bytes({"checkpoint": start.digest, "regime": regime, "said": said}))
     numbers = ("epochs", "learning_rate", "batch", "seed")
-    training = replace(training, **{key: said[key] for key in numbers if key in said})
+    given = {key: said[key] for key in numbers if key in said}
+    if not training.epochs and not given.keys() <= {"seed"}:
+        raise UsageError(
+            f"--regime {regime}: found {', '.join(given)}, but nothing is trained",
+            hint="--regime frozen starts from the same heads and trains them",
+        )
+    training = replace(training, **given)
     before = Origin.of(start.metadata, str(path)).augmentation or Augmentation()
     judged = start.metadata.get("holdout_accuracies")
     return _Job(
@@ -277,6 +292,17 @@ class _Session:
             part = replace(part, head_init="class-means")
         self.fit = Fit(model, self.material, part, where=job.where)
 
+    def set_prototypes(self) -> None:
+        """Make class means of the early heads' last layers, and judge them."""
+        fit = self.fit
+        if len(fit.exits) < 2:
+            raise UsageError(
+                f"{self.job.where}: the network has no early exit",
+                hint="give it exits first (edgeexit attach)",
+            )
+        HEAD_INITS["class-means"](fit)
+        fit.best_accuracies = holdout_accuracies(fit.model, fit.material)
+
     def state_bytes(self) -> bytes:
         """Everything that the next epoch needs, as the bytes of the state file."""
         buffer = io.BytesIO()
@@ -309,7 +335,7 @@ class _Session:
         start, material, fit = self.job.start, self.material, self.fit
         metadata = {
             "recipe_digest": self.job.digest,
-            "regime": self.job.training.regime,
+            "regime": self.job.training.regime if fit.epoch else "prototypes",
             "seed": self.job.training.seed,
             "epochs": fit.epoch,
             "best_epoch": fit.best_epoch,
