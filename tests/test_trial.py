@@ -14,15 +14,21 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 pytest.importorskip("optuna")
 
+from edgeexit.bundle import load_bundle  # noqa: E402
 from edgeexit.errors import BadFile, Busy, EdgeExitError, UsageError  # noqa: E402
 from edgeexit.host.checkpoint import load_checkpoint  # noqa: E402
+from edgeexit.host.feed import split_holdout, to_input  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
+from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.prune.engine import Progress  # noqa: E402
 from edgeexit.host.study import trial  # noqa: E402
 from edgeexit.host.study.folder import Study  # noqa: E402
 from edgeexit.host.study.job import Job, Result, hold, is_held  # noqa: E402
 from edgeexit.host.study.space import Judge  # noqa: E402
 from edgeexit.host.study.trial import main, run_job  # noqa: E402
+from edgeexit.policy import Policy  # noqa: E402
+from edgeexit.preprocess import real_values  # noqa: E402
+from edgeexit.runtime import Runner  # noqa: E402
 from tests import searched  # noqa: E402
 
 pytestmark = pytest.mark.host
@@ -306,26 +312,44 @@ def test_the_interval_of_a_median_holds_it(values: list[float]) -> None:
 # ---------------------------------------------------------------- as int8
 
 
-def test_a_trial_is_judged_as_int8_beside_the_network_before(tmp_path: Path) -> None:
+def test_a_trial_is_judged_as_int8_beside_the_network_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("litert_torch")
+    start = load_checkpoint(searched.network(tmp_path))
+    with np.load(tmp_path / "data.npz") as data, torch.no_grad():
+        reals = to_input(real_values(data["samples"], searched.GRAY), searched.GRAY)
+        sure_of = exit_outputs(start.model, reals)["exit0"].softmax(1).amax(1)
+    middle = float(sure_of.median())  # of the early exit's confidences
     found = study(
         tmp_path,
-        judge={"int8": True, "cost": "expected", "seconds": 0.2, "sure": 0.5},
+        judge={"int8": True, "cost": "expected", "seconds": 0.2, "sure": middle},
         final={"epochs": 1},
     )
     before = run_job(found.prepared(None))
+    bundle = load_bundle(found.prepared(None) / "unpruned.edgeexit")
+    # The pruned one is not converted a second time: what it answers is then known.
+    monkeypatch.setattr(trial._Run, "_bundle", lambda *given: bundle)
     after = run_job(found.prepared(searched.VALUES))
 
+    assert (before.checkpoint is None, after.checkpoint is None) == (True, False)
+    assert after.macs < before.macs
+    with Runner(bundle, Policy.full(bundle)) as runner, np.load(tmp_path / "data.npz") as data:
+        split = split_holdout(90, 30, 0)[1]
+        logits = np.stack([runner.logits(one) for one in data["samples"][split]])
+        labels = data["labels"][split]
+    right = (logits.argmax(axis=2) == labels[:, None]).mean(axis=0)
     for result in (before, after):
         assert result.chain is not None
-        assert sum(result.chain.rates) == pytest.approx(1.0)
-        ratios = [one.ratio[0] for one in result.exits if one.ratio is not None]
-        assert len(ratios) == 2
-        assert min(ratios) <= result.chain.ratio <= max(ratios)
-        assert all(one.int8_accuracy is not None for one in result.exits)
         assert result.yardstick_ms is not None
         assert 0 < result.yardstick_ms < 1000
-    assert before.checkpoint is None
-    assert after.checkpoint is not None
-    assert (found.prepared(None) / "unpruned.edgeexit" / "bundle.json").is_file()
-    assert after.macs < before.macs
+        assert [one.int8_accuracy for one in result.exits] == right.tolist()
+        rates = result.chain.rates
+        assert 0.1 < rates[0] < 0.9
+        shares = np.exp(logits - logits.max(axis=2, keepdims=True))
+        sure = (shares.max(axis=2) / shares.sum(axis=2))[:, 0] >= middle
+        assert rates == pytest.approx((sure.mean(), 1 - sure.mean()))
+        ratios = [one.ratio[0] for one in result.exits if one.ratio is not None]
+        assert result.chain.ratio == pytest.approx(np.dot(rates, ratios))
+        answers = np.where(sure, *logits.argmax(axis=2).T)
+        assert result.chain.accuracy == pytest.approx((answers == labels).mean())
