@@ -1,20 +1,15 @@
 """
 The checkpoint file: a network's weights and what is needed to use them.
 
-Callers see save_checkpoint and load_checkpoint. Hidden here: what makes a .pt file safe to read.
-A checkpoint holds weights and plain values, never code, and its `arch` names code: a file alone
-may only name the factories of edgeexit's zoo, everything else must be named by the user as well.
-An own net is built without memory first, so that a forged file cannot ask for a huge one.
+Callers see save_checkpoint, load_checkpoint and save_again. Hidden here: in which order a network
+is made again (the factory's, exits attached, parts taken out, weights), and that every word of
+the file is held to a range. An own net is built without memory first, so that a forged file
+cannot ask for a huge one.
 """
 
 import io
 import json
-import pickle
-import sys
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +20,10 @@ from torch import nn
 from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import Table, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host import zoo
+from edgeexit.host.factories import OWN_FACTORIES, build_network
 from edgeexit.host.model import attach, exit_outputs
 from edgeexit.host.surgery import replay
-from edgeexit.names import load_attribute
+from edgeexit.host.torchfile import finite_state, is_whole, unpack
 from edgeexit.overlap import Bloom
 from edgeexit.preprocess import Preprocess
 from edgeexit.samples import find_set, is_set
@@ -40,11 +36,6 @@ PROBES = 2
 PROBE_TOLERANCE = 1e-3  # other processors and kernels add up in another order
 MAX_ATTACHED = 64
 MAX_HEAD_CONVS = 8
-
-Factory = Callable[..., nn.Module]
-OWN_FACTORIES: dict[str, Factory] = {
-    f"{zoo.__name__}:{name}": factory for name, factory in zoo.FACTORIES.items()
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +203,7 @@ def _check_numbers(tensor: object, shape: tuple[int, ...]) -> None:
         isinstance(tensor, torch.Tensor)
         and tensor.shape == shape
         and tensor.is_floating_point()
-        and _is_whole(tensor)
+        and is_whole(tensor)
         and bool(torch.isfinite(tensor).all())
     )
     if not is_sound:
@@ -271,7 +262,7 @@ def load_checkpoint(
 def _read(
     data: bytes, where: str, arch: str | None = None, purpose: Purpose | None = None
 ) -> Checkpoint:
-    document = _unpack(data, where)
+    document = unpack(data, where)
     if "edgeexit" not in document:
         return _plain_state(document, data, where, arch, purpose)
     number = document["edgeexit"]
@@ -292,7 +283,7 @@ def _read(
     stored = document.get("state_dict")
     if not isinstance(stored, dict):
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
-    state = _state(stored, where)
+    state = finite_state(stored, where)
     attached = _attached(table)
     entries = _optional(table, "surgery", list) or []
     model = _with_weights(named, arch, kwargs, state, where, attached, input_shape, entries)
@@ -349,7 +340,7 @@ def _optional(table: Table, key: str, kind: type[Any]) -> Any:
 def _bloom(stored: torch.Tensor | None, where: str) -> bytes | None:
     if stored is None:
         return None
-    if stored.dtype != torch.uint8 or stored.ndim != 1 or not _is_whole(stored):
+    if stored.dtype != torch.uint8 or stored.ndim != 1 or not is_whole(stored):
         raise BadFile(f"{where}: training_digests: expected bytes")
     data = stored.numpy().tobytes()
     Bloom.from_bytes(data, f"{where}: training_digests")
@@ -380,7 +371,7 @@ def _plain_state(
     input_shape = purpose.input_shape
     if input_shape is None:
         input_shape = _image_shape(purpose.preprocess)
-    model = _with_weights(arch, arch, {}, _state(inner, where), where, None, input_shape)
+    model = _with_weights(arch, arch, {}, finite_state(inner, where), where, None, input_shape)
     return Checkpoint(
         model=model,
         arch=arch,
@@ -407,57 +398,6 @@ def _all_tensors(values: dict[Any, Any]) -> bool:
     return all(isinstance(value, torch.Tensor) for value in values.values())
 
 
-def _unpack(data: bytes, where: str) -> dict[str, Any]:
-    """The dict in the file, read without running anything in it."""
-    if not data.startswith((b"PK", b"\x80")):
-        raise BadFile(
-            f"{where}: is no PyTorch file, expected a checkpoint",
-            hint="a recipe is for: edgeexit train RECIPE.toml",
-        )
-    try:
-        unpacked_bytes = _unpacked_bytes(data)
-        if unpacked_bytes <= len(data):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                document = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no narrower contract for damaged files
-        raise _not_loaded(error, where) from error
-    if unpacked_bytes > len(data):
-        raise BadFile(f"{where}: {unpacked_bytes} bytes unpacked from {len(data)}")
-    if not isinstance(document, dict):
-        raise BadFile(f"{where}: holds a {type(document).__name__}, expected a checkpoint")
-    return document
-
-
-def _unpacked_bytes(data: bytes) -> int:
-    """torch.save does not compress: an archive that grows is meant to fill the memory."""
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return 0
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        return sum(entry.file_size for entry in archive.infolist())
-
-
-def _not_loaded(error: Exception, where: str) -> BadFile:
-    text = str(error)
-    is_code = "TorchScript" in text or "GLOBAL" in text or "Unsupported class" in text
-    is_code = is_code or (isinstance(error, pickle.UnpicklingError) and "Unsupported" in text)
-    if is_code:
-        return BadFile(
-            f"{where}: holds a pickled or scripted network, expected plain weights: reading it "
-            "would run code from the file",
-            hint="if you trust it, save its weights, where your network's code is:\n"
-            f"    net = torch.load({Path(where).name!r}, weights_only=False)\n"
-            "    from edgeexit.host.checkpoint import save_checkpoint\n"
-            "    save_checkpoint('safe.pt', model=net, arch='package.module:factory', kwargs={},"
-            " input_shape=[...], class_names=[...], preprocess=...)",
-        )
-    return BadFile(
-        f"{where}: not a sound .pt file ({type(error).__name__}): truncated, damaged, or of "
-        "another kind",
-        hint="copy or make it again",
-    )
-
-
 def _input_shape(table: Table, preprocess: Preprocess) -> tuple[int, ...]:
     shape = tuple(table.list_of("input_shape", int))
     values = 1
@@ -473,80 +413,7 @@ def _input_shape(table: Table, preprocess: Preprocess) -> tuple[int, ...]:
     return shape
 
 
-def _is_whole(tensor: torch.Tensor) -> bool:
-    """Plain, dense, and not larger than the bytes that the file holds for it."""
-    return (
-        tensor.layout == torch.strided
-        and not tensor.is_quantized
-        and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-    )
-
-
-def _state(values: dict[Any, Any], where: str) -> dict[str, torch.Tensor]:
-    """The weights, every one a plain dense tensor of finite numbers."""
-    for name, tensor in values.items():
-        place = f"{where}: state_dict: {name}"
-        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-            raise BadFile(f"{place}: expected a tensor, found {type(tensor).__name__}")
-        if not _is_whole(tensor):
-            raise BadFile(f"{place}: expected a dense tensor that the file holds in full")
-        if not bool(torch.isfinite(tensor).all()):
-            raise BadFile(
-                f"{place}: holds NaN or infinity", hint="the training diverged: train again"
-            )
-    return values
-
-
-# ---------------------------------------------------------------- arch names code
-
-
-def own_factory(arch: str, where: str) -> Factory:
-    """The factory of edgeexit that *arch*, read from the file *where*, names; else BadFile."""
-    if arch in OWN_FACTORIES:
-        return OWN_FACTORIES[arch]
-    if arch.partition(":")[0].partition(".")[0] == "edgeexit":
-        raise BadFile(
-            f"{where}: arch: {arch!r} is no network of edgeexit (has: {', '.join(OWN_FACTORIES)})"
-        )
-    raise BadFile(
-        f"{where}: arch: {arch!r} names code outside edgeexit, which a file alone may not run",
-        hint=f"if you trust that code, say so with: --arch {arch}",
-    )
-
-
-@contextmanager
-def _current_folder_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def build_network(
-    named: str, kwargs: dict[str, Any], where: str, *, arch: str | None = None
-) -> nn.Module:
-    """
-    The untrained network that the file *where* names; *arch* is what the user named, or None.
-
-    BadFile if the file may not name it or its *kwargs* do not fit; UsageError if *arch* differs
-    or its code fails.
-    """
-    if arch is not None and arch != named:
-        raise UsageError(
-            f"{where}: names arch {named!r}, but --arch says {arch!r}",
-            hint=f"if you trust that code: --arch {named}",
-        )
-    if arch is not None and named not in OWN_FACTORIES:
-        return _foreign(named, kwargs)
-    factory = own_factory(named, where)
-    try:
-        return factory(**kwargs)
-    except EdgeExitError as error:
-        raise BadFile(f"{where}: kwargs: {error}") from error
-    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
-        raise BadFile(f"{where}: kwargs do not fit {named}: {error}") from error
+# ---------------------------------------------------------------- the network
 
 
 def _with_weights(
@@ -594,20 +461,6 @@ def _with_exits(
         raise BadFile(f"{where}: attached: {error}", hint=error.hint) from error
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise BadFile(f"{where}: attached: the network refuses its input: {error}") from error
-
-
-def _foreign(arch: str, kwargs: dict[str, Any]) -> nn.Module:
-    with _current_folder_importable():
-        factory = load_attribute(arch, "--arch")
-        if not callable(factory):
-            raise UsageError(f"--arch {arch}: is no function or class that makes a network")
-        try:
-            model = factory(**kwargs)
-        except Exception as error:  # the user's own code may raise anything
-            raise UsageError(f"--arch {arch}: raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"--arch {arch}: gave {type(model).__name__}, expected a torch.nn.Module")
-    return model
 
 
 def _compare(

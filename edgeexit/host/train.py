@@ -21,11 +21,11 @@ from edgeexit.files import check_output, digest_of, json_bytes, read_bytes, writ
 from edgeexit.host.checkpoint import (
     Checkpoint,
     Purpose,
-    build_network,
     load_checkpoint,
     save_again,
     save_checkpoint,
 )
+from edgeexit.host.factories import build_network
 from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
