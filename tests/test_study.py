@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,8 @@ def test_the_default_space_is_sound_and_varies_what_it_promises() -> None:
         ("prune", {"steps": {"choices": [1, "2"]}}, "steps.choices: expected"),
         ("prune", {"steps": {"choices": [1, 1]}}, "steps.choices: expected"),
         ("prune", {"steps": {"choices": [1], "low": 1}}, "low: unknown key"),
+        ("prune", {"phase_options": {"x": date(2026, 1, 1)}}, "no dates"),
+        ("training", {"weight_decay": float("nan")}, "finite numbers"),
         ("final", {"epoch": 1}, "epoch: unknown key"),
         ("final", {"epochs": {"low": 1, "high": 2, "step": 0}}, "step: expected above 0"),
         ("training", {"learning_rate": {"low": 0.0, "high": 1.0, "log": True}}, "with log"),

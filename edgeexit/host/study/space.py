@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeexit.errors import BadFile, UsageError
-from edgeexit.files import Table, read_toml
+from edgeexit.files import Table, json_bytes, read_toml
 from edgeexit.host.prune.allocators import ALLOCATORS
 from edgeexit.host.prune.composition import Composition
 from edgeexit.host.prune.criteria import CRITERIA
@@ -231,6 +231,12 @@ def space_of(table: Table) -> Space:
     """The space in *table*, as read_space."""
     table.expect_format(FORMAT)
     table.only("format", "study", "judge", "exits", "prune", *TRAININGS)
+    try:
+        json_bytes(table.values)
+    except (TypeError, ValueError) as error:
+        raise BadFile(
+            f"{table.where}: expected text, finite numbers, true or false, no dates"
+        ) from error
     study, exits = _part(table, "study"), _part(table, "exits")
     study.only("sampler", "seed")
     exits.only("keep")
