@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from edgeexit.bundle import load_bundle  # noqa: E402
 from edgeexit.cli import entry  # noqa: E402
 from edgeexit.errors import BadFile, EdgeExitError, OutOfReach, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
@@ -373,3 +374,27 @@ def test_every_name_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     for word in ("everything", "taylor", "erk", "geometric", "exits-only", "polarization"):
         assert word in told
+
+
+def test_convert_prunes_on_the_way(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    net = tmp_path / "net.pt"
+    net.write_bytes((folder / "net.pt").read_bytes())
+    plan = tmp_path / "smaller.toml"
+    plan.write_text(
+        "format = 1\n"
+        f'[data]\npath = "{folder / "data.npz"}"\n'
+        '[prune]\ncriterion = "l1"\nsteps = 1\nround_to = 2\n'
+        "[finetune]\nepochs = 1\nlearning_rate = 0.05\nbatch = 32\n"
+    )
+    out = tmp_path / "net.edgeexit"
+    arguments = ["--prune", str(plan), "--calibration", str(folder / "data.npz"), "-o", str(out)]
+
+    assert entry(["convert", str(net), *arguments]) == 0
+
+    bundle = load_bundle(out)
+    made = bundle.provenance["pruning"]
+    assert made["composition"]["criterion"] == "l1"
+    assert made["after"]["macs"] <= 0.5 * made["before"]["macs"]
+    assert load_checkpoint(tmp_path / "net-pruned.pt").surgery
