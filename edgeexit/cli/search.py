@@ -87,11 +87,7 @@ def command(
     from edgeexit.host.study.search import search
     from edgeexit.host.study.space import read_space
 
-    ended = 0
-
     def on_row(row: "Row", count: int) -> None:
-        nonlocal ended
-        ended = count
         click.echo(_line(row, count, trials), err=True)
 
     target = Path(f"{model.stem}-search") if out is None else out
@@ -100,8 +96,7 @@ def command(
             model, read_space(space), target, trials=trials, jobs=jobs, on_row=on_row, **options
         )
     except KeyboardInterrupt as error:
-        click.echo(f"\nStopped; {ended} trials have ended.", err=True)
-        click.echo("The same command goes on from there.", err=True)
+        click.echo("\nStopped. The same command goes on from there.", err=True)
         raise click.Abort from error
     if as_json:
         click.echo(json_bytes(_document(found)), nl=False)
