@@ -19,6 +19,8 @@ ROOMS = (
     "bounds",
     "duplicates",
     "search",
+    "quota",
+    "risk",
     "overlap",
     "pictures",
     "preprocess",
