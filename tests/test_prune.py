@@ -98,6 +98,8 @@ def test_the_target_is_met_and_every_exit_stays(folder: Path, tmp_path: Path) ->
     assert graph.macs() <= 0.5 * analyse(before.model, before.input_shape).macs()
     assert result.macs[1] == graph.macs()
     assert not (tmp_path / "out.pt.state").exists()
+    # What it was fine-tuned on is remembered, so that nothing is tuned or judged on it.
+    assert after.training_bloom is not None
     # Whole widths of two, and a probe that the load has just reproduced.
     assert all(group.size % 2 == 0 for group in graph.groups.values())
     assert after.metadata["pruning"]["composition"]["criterion"] == "l1"
@@ -398,3 +400,33 @@ def test_convert_prunes_on_the_way(
     assert made["composition"]["criterion"] == "l1"
     assert made["after"]["macs"] <= 0.5 * made["before"]["macs"]
     assert load_checkpoint(tmp_path / "net-pruned.pt").surgery
+
+
+def test_a_bare_state_dict_is_pruned_with_the_set_that_says_what_it_is_for(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from edgeexit.host.zoo import resnet\n\n\n"
+        "def make():\n"
+        f"    return resnet(**{KWARGS | {'classes': 10, 'size': [28, 28]}!r})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    net = zoo.resnet(**{**KWARGS, "classes": 10, "size": [28, 28]})
+    torch.save(net.state_dict(), tmp_path / "bare.pt")
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, 256, (64, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", samples=samples, labels=np.arange(64) % 10)
+
+    code = entry(
+        [
+            *("prune", "bare.pt", "--arch", "mine:make", "--calibration", "fashion-mnist"),
+            *("--data", "data.npz", "--criterion", "l1", "--round-to", "2", "--steps", "1"),
+            *("--epochs", "0", "--final-epochs", "0", "--no-measure"),
+        ]
+    )
+
+    assert code == 0
+    found = load_checkpoint(tmp_path / "bare-pruned.pt", arch="mine:make")
+    assert len(found.class_names) == 10
+    assert found.surgery

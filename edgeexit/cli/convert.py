@@ -59,19 +59,18 @@ def command(
 
     if prune is not None:
         out = Path(f"{model.stem}.edgeexit") if out is None else out
-        model = _pruned(model, prune, arch)
+        model = _pruned(model, prune, arch, calibration)
     steps = Steps()
     bundle = convert(model, out, calibration, scheme, arch, steps)
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
 
 
-def _pruned(model: Path, recipe: Path, arch: str | None) -> Path:
+def _pruned(model: Path, recipe: Path, arch: str | None, calibration: str | None) -> Path:
     from edgeexit.cli.prune import pruning
     from edgeexit.host.prune.recipe import read_prune_recipe
 
-    return pruning(
-        model, read_prune_recipe(recipe), model.with_name(f"{model.stem}-pruned.pt"), arch
-    ).path
+    out = model.with_name(f"{model.stem}-pruned.pt")
+    return pruning(model, read_prune_recipe(recipe), out, arch, calibration).path
 
 
 def _peak_bytes() -> int:

@@ -83,11 +83,14 @@ def _assessed(
     import tempfile
 
     from edgeexit.host.assess import assess, held_out, ranges_of
-    from edgeexit.host.checkpoint import load_checkpoint
+    from edgeexit.host.checkpoint import Purpose, load_checkpoint
     from edgeexit.host.graph import analyse
     from edgeexit.host.prune.engine import training_half
 
-    networks = {word: load_checkpoint(path, arch=arch) for word, path in paths.items()}
+    purpose = Purpose.of_samples(calibration)
+    networks = {
+        word: load_checkpoint(path, arch=arch, purpose=purpose) for word, path in paths.items()
+    }
     word, last = list(networks.items())[-1]
     material, _ = training_half(last, str(paths[word]), data)
     reals = ranges_of(last, material, calibration)

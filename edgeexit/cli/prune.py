@@ -101,7 +101,7 @@ def command(
 
     recipe = _recipe(options)
     target = model.with_name(f"{model.stem}-pruned.pt") if out is None else out
-    result = pruning(model, recipe, target, arch, again)
+    result = pruning(model, recipe, target, arch, calibration, again)
     comparison = None
     if measure:
         from edgeexit.cli.fitting import compared
@@ -130,14 +130,21 @@ def command(
 
 
 def pruning(
-    model: Path, recipe: "PruneRecipe", out: Path, arch: str | None, again: bool = False
+    model: Path,
+    recipe: "PruneRecipe",
+    out: Path,
+    arch: str | None,
+    calibration: str | None,
+    again: bool = False,
 ) -> "Pruning":
     """Prune *model* into *out* and show how it goes; Ctrl-C says how to go on."""
+    from edgeexit.host.checkpoint import Purpose
     from edgeexit.host.prune.engine import prune
 
+    purpose = Purpose.of_samples(calibration)
     display = _Display()
     try:
-        return prune(model, recipe, out, arch=arch, again=again, on_step=display)
+        return prune(model, recipe, out, arch=arch, purpose=purpose, again=again, on_step=display)
     except KeyboardInterrupt as error:
         click.echo(f"\nStopped after {display.steps} whole steps.", err=True)
         click.echo("The same command goes on from there.", err=True)

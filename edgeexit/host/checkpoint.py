@@ -229,6 +229,11 @@ class Purpose:
     calibration_set: str | None = None
 
     @classmethod
+    def of_samples(cls, name: str | Path | None) -> "Purpose | None":
+        """What --calibration says of a network: something if it names a calibration set."""
+        return cls.of_set(str(name)) if name is not None and is_set(name) else None
+
+    @classmethod
     def of_set(cls, name: str) -> "Purpose":
         """What the calibration set *name* says. UsageError if there is none of that name."""
         owner = find_set(name)

@@ -172,10 +172,7 @@ class _Ranges:
 
 def _load(path: Path, arch: str | None, calibration: Path | str | None) -> _Network:
     # A plain state_dict knows nothing of its input: a set can tell.
-    purpose = None
-    if calibration is not None and is_set(calibration):
-        purpose = Purpose.of_set(str(calibration))
-    checkpoint = load_checkpoint(path, arch=arch, purpose=purpose)
+    checkpoint = load_checkpoint(path, arch=arch, purpose=Purpose.of_samples(calibration))
     return _Network(
         model=checkpoint.model,
         arch=checkpoint.arch,

@@ -20,7 +20,7 @@ import torch
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import check_output, read_bytes, write_file
 from edgeexit.host import surgery
-from edgeexit.host.checkpoint import Checkpoint, load_checkpoint, save_again
+from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
 from edgeexit.host.graph import parameters
 from edgeexit.host.material import Material, Origin, gather
@@ -32,6 +32,7 @@ from edgeexit.host.prune.removal import Removal
 from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
+from edgeexit.host.train import seen
 
 STATE_FORMAT = 1
 MAX_STATE_BYTES = 4 << 30
@@ -82,11 +83,14 @@ def prune(
     out: Path,
     *,
     arch: str | None = None,
+    purpose: Purpose | None = None,
     again: bool = False,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Pruning:
     """
     Prune the checkpoint *model_path* by *recipe* and write the checkpoint *out*.
+
+    *arch* and *purpose* as for load_checkpoint.
 
     An interrupted pruning goes on where it was; a finished one is not redone unless *again*.
     OutOfReach if the target cannot be met without emptying a layer; UsageError, BadFile or
@@ -94,7 +98,7 @@ def prune(
     checkpoint cannot be written.
     """
     check_output(out, model_path, recipe.where, recipe.data.path)
-    checkpoint = load_checkpoint(model_path, arch=arch)
+    checkpoint = load_checkpoint(model_path, arch=arch, purpose=purpose)
     digest = recipe.digest(checkpoint.digest)
     if not again:
         done = _finished(out, digest, arch)
@@ -441,6 +445,7 @@ class _Work:
             out,
             self.checkpoint,
             self.net.model,
+            training_digests=seen(self.material.data.samples, self.checkpoint.training_bloom),
             surgery=surgery.joined([*self.checkpoint.surgery, *self.net.entries]),
             metadata={
                 **origin.to_metadata(),
