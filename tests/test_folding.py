@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from edgeexit.errors import BadFile, Unsupported, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
+from edgeexit.host.channels import Layer  # noqa: E402
 from edgeexit.host.folding import (  # noqa: E402
     Fold,
     examine,
@@ -22,7 +23,7 @@ from edgeexit.host.folding import (  # noqa: E402
     linearise,
     replay_fold,
 )
-from edgeexit.host.graph import Graph, Layer, analyse  # noqa: E402
+from edgeexit.host.graph import Graph, analyse  # noqa: E402
 from edgeexit.host.surgery import replay  # noqa: E402
 
 pytestmark = pytest.mark.host

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from edgeexit.host import zoo  # noqa: E402
-from edgeexit.host.graph import Graph, Group, Layer, analyse  # noqa: E402
+from edgeexit.host.channels import Layer  # noqa: E402
+from edgeexit.host.graph import Graph, Group, analyse  # noqa: E402
 from edgeexit.host.prune.selectors import (  # noqa: E402
     SELECTORS,
     Child,

@@ -25,7 +25,8 @@ from edgeexit.device import environment, this_device
 from edgeexit.errors import BadFile, Unsupported, UsageError
 from edgeexit.files import Table, json_bytes, read_json, write_file
 from edgeexit.host import layer_timing
-from edgeexit.host.graph import Graph, Layer
+from edgeexit.host.channels import Layer
+from edgeexit.host.graph import Graph
 from edgeexit.host.layer_timing import Grid, affordable, timed
 from edgeexit.host.one_layer import Shape
 from edgeexit.interpreter import runtime_name

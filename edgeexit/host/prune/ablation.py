@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from edgeexit.host.graph import Group, export
+from edgeexit.host.exported import export
+from edgeexit.host.graph import Group
 from edgeexit.host.model import exit_outputs
 from edgeexit.host.prune.evidence import BlockScores, Evidence, UnitScores, evaluating
 from edgeexit.host.prune.similarity import all_features, weighted_cka

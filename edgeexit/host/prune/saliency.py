@@ -17,7 +17,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from edgeexit.host.graph import Graph, Keyed
+from edgeexit.host.exported import Keyed
+from edgeexit.host.graph import Graph
 from edgeexit.host.prune.evidence import (
     BlockScores,
     EntryScores,
