@@ -44,7 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gormez-ordered": {"steps": 3},
     "gormez-all-filters": {"steps": 2},
     "gormez-ordered-filters": {"steps": 2},
-    "effective-rank": {"target": Target(what="macs", share=0.9), "steps": 1},
+    "effective-rank": {"steps": 1},
     "force": {"steps": 6, "target": Target(what="weights", share=0.3)},
     "iter-snip": {"steps": 6, "target": Target(what="weights", share=0.3)},
     "halp": {"steps": 2},
@@ -113,7 +113,9 @@ def run(
             kept[which].append({key: state[key] for key in ("model", "net")})
 
     recipe = prune_nets.recipe(samples, plan, finetune=part)
-    return Ran(prune(net, recipe, out, arch=arch, again=True, on_step=watch), **kept)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(removal, "analyse", analysed)
+        return Ran(prune(net, recipe, out, arch=arch, again=True, on_step=watch), **kept)
 
 
 Runs = Callable[..., Ran]
@@ -159,7 +161,19 @@ def zeros(state: Mapping[str, Any]) -> dict[str, float]:
 
 
 def graph_of(model: nn.Module) -> Graph:
-    return analyse(model, SHAPE)
+    """As analyse, which takes its time; equal networks are looked at once."""
+    return analysed(model, SHAPE)
+
+
+GRAPHS: dict[tuple[str, bytes], Graph] = {}
+
+
+def analysed(model: nn.Module, input_shape: tuple[int, ...]) -> Graph:
+    state = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    key = (str(model), state)
+    if key not in GRAPHS:
+        GRAPHS[key] = analyse(model, input_shape)
+    return GRAPHS[key]
 
 
 def batches(samples: Path, indices: str = "training") -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -330,7 +344,9 @@ def test_everything_keeps_the_child_that_is_more_like_its_parent(
     assert similar[0] > similar[1] + 0.02
 
 
-def test_the_block_that_the_exits_would_miss_least_goes(runs: Runs, samples: Path) -> None:
+def test_the_block_that_the_exits_would_miss_least_goes(
+    runs: Runs, samples: Path, tmp_path: Path
+) -> None:
     ran = runs("cka-blocks")
     blocks = CRITERIA["cka"].blocks
     assert blocks is not None
@@ -340,6 +356,18 @@ def test_the_block_that_the_exits_would_miss_least_goes(runs: Runs, samples: Pat
     left = dict(ran.model.named_parameters())
     assert len(left) < len(shapes)
     assert all(p.shape == shapes[name] for name, p in left.items()), "nothing is narrower"
+    # Its weights made ten times as large, to be divided again behind: the features are the same.
+    large = prune_nets.net(samples)
+    block = large.get_submodule(ran.rows[0]["block"])
+    with torch.no_grad():
+        for conv, norm, *_ in (block.first, block.second):
+            conv.weight *= 10
+            norm.running_mean *= 10
+            norm.running_var *= 100
+    path = prune_nets.save_net(tmp_path / "large.pt", samples, large)
+    plan = replace(METHODS["cka-blocks"], **SMALL, target=Target(what="macs", share=0.99))
+    again = run(path, samples, tmp_path / "out.pt", plan, None)
+    assert again.rows[0]["block"] == ran.rows[0]["block"]
 
 
 # ---------------------------------------------------------------- NEPENTHE
@@ -597,14 +625,15 @@ def test_no_layer_loses_more_filters_than_its_gradients_allow(
 def test_crop_keeps_gradients_flowing_where_magnitude_does_not(
     samples: Path, tmp_path: Path
 ) -> None:
-    flows: dict[str, list[float]] = {"crop": [], "l1": [], "random": []}
+    flows: dict[str, list[float]] = {"crop": [], "l1": [], "taylor": []}
     different = False
-    for seed in range(3):
+    for seed in range(2):
         torch.manual_seed(seed + 10)
         new = prune_nets.zoo.resnet(**prune_nets.KWARGS)
         path = prune_nets.save_net(tmp_path / f"new{seed}.pt", samples, new)
         kept = {}
-        for name, criterion in (("crop", "crop-s"), ("l1", "l1"), ("random", "random")):
+        own = METHODS["crop"].criterion
+        for name, criterion in (("crop", own), ("l1", "l1"), ("taylor", "taylor")):
             plan = replace(METHODS["crop"], **SMALL, criterion=criterion, allocator="uniform")
             ran = run(path, samples, tmp_path / f"{name}{seed}.pt", plan, None)
             kept[name] = ran.model
@@ -612,7 +641,8 @@ def test_crop_keeps_gradients_flowing_where_magnitude_does_not(
         one, other = (kept[n].get_parameter("stem.0.0.weight") for n in ("crop", "l1"))
         different |= one.shape != other.shape or not torch.equal(one, other)
     assert different
-    assert np.mean(flows["crop"]) > 1.2 * max(np.mean(flows["l1"]), np.mean(flows["random"]))
+    assert np.mean(flows["crop"]) > 1.1 * np.mean(flows["taylor"])
+    assert np.mean(flows["crop"]) > 1.3 * np.mean(flows["l1"])
 
 
 def flow(model: nn.Module, samples: Path) -> float:
@@ -633,22 +663,21 @@ def test_halp_meets_a_share_of_the_tables_milliseconds(runs: Runs) -> None:
     assert set(table.layers) == set(graph_of(prune_nets.new_net()).layers)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "taylor", "kl"])
-def test_at_equal_numbers_per_layer_it_beats_chance(
-    criterion: str, dense: Path, samples: Path, tmp_path: Path
+def test_at_equal_numbers_per_layer_criteria_beat_chance(
+    dense: Path, samples: Path, tmp_path: Path
 ) -> None:
-    losses: dict[str, list[float]] = {criterion: [], "random": []}
-    for name, seeds in ((criterion, 1), ("random", 4)):
-        for seed in range(seeds):
-            plan = replace(
-                Composition(criterion=name, allocator="uniform", schedule="one-shot"),
-                **SMALL,
-                target=Target(what="macs", share=0.6),
-            )
-            part = replace(PART, epochs=0, seed=seed)
-            ran = run(dense, samples, tmp_path / f"{name}{seed}.pt", plan, part)
-            losses[name].append(loss(ran.model, samples))
-    assert np.mean(losses[criterion]) < np.mean(losses["random"]) - 0.3
+    losses = {}
+    for name, seed in (("l1", 0), ("taylor", 0), ("kl", 0), *(("random", k) for k in range(3))):
+        plan = replace(
+            Composition(criterion=name, allocator="uniform", schedule="one-shot"),
+            **SMALL,
+            target=Target(what="macs", share=0.6),
+        )
+        part = replace(PART, epochs=0, seed=seed)
+        ran = run(dense, samples, tmp_path / f"{name}{seed}.pt", plan, part)
+        losses[name, seed] = loss(ran.model, samples)
+    chance = np.mean([value for (name, _), value in losses.items() if name == "random"])
+    assert all(losses[name, 0] < 0.7 * chance for name in ("l1", "taylor", "kl")), losses
 
 
 # ---------------------------------------------------------------- going on
@@ -686,7 +715,7 @@ def test_an_interrupted_pruning_goes_on_to_the_same_bytes(
 # ---------------------------------------------------------------- to a board
 
 
-@pytest.mark.parametrize("name", ["gormez-all-filters", "everything", "gormez-all"])
+@pytest.mark.parametrize("name", ["everything", "gormez-all"])
 def test_what_was_pruned_becomes_a_bundle_that_agrees_with_the_uncut_model(
     name: str, runs: Runs, samples: Path, tmp_path: Path
 ) -> None:
@@ -712,10 +741,13 @@ def test_attached_exits_stay_through_pruning_to_the_bundle(samples: Path, tmp_pa
         target=Target(what="macs", share=0.9),
         protect=("backbone.blocks.0.first.0", "backbone.blocks.3.first.0"),
     )
-    ran = run(tmp_path / "exits.pt", samples, tmp_path / "out.pt", plan)
-    again = load_checkpoint(tmp_path / "out.pt")
+    ran = run(tmp_path / "exits.pt", samples, tmp_path / "fewer.pt", plan)
     # The block that the new exit sits on goes; the exit moves to what comes before.
     assert [row["block"] for row in ran.rows] == ["backbone.blocks.1"]
+    plan = replace(METHODS["gormez-all-filters"], **SMALL, steps=1)
+    ran = run(tmp_path / "fewer.pt", samples, tmp_path / "out.pt", plan)
+    assert ran.rows[0]["filters"] > 0
+    again = load_checkpoint(tmp_path / "out.pt")
     assert len(again.exits) == 2
     bundle = convert(tmp_path / "out.pt", tmp_path / "net.edgeexit", samples)
     assert agrees(bundle, again.model, samples) > 0.9

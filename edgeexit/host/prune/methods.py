@@ -61,9 +61,9 @@ METHODS: dict[str, Composition] = {
     # Rachwan et al., EarlyCroP (arXiv 2206.10451): the structured score.
     "crop": Composition(criterion="crop-s", schedule="one-shot", steps=1),
     # Zhou et al., effective filter analysis (arXiv 2206.03596): the rank as a cap. A cap is meant
-    # to stop early: the target asks for little.
+    # to stop early: the target asks for little, and counts single filters.
     "effective-rank": Composition(
-        criterion="taylor", rank_cap=True, target=Target(what="macs", share=0.8)
+        criterion="taylor", rank_cap=True, round_to=1, target=Target(what="macs", share=0.9)
     ),
     # Liu et al., "The Unreasonable Effectiveness of Random Pruning" (arXiv 2202.02643).
     "random-erk": Composition(
