@@ -16,12 +16,11 @@ from edgeexit.host import lower, zoo  # noqa: E402
 from edgeexit.host.answers import RealSamples, check_parity, tflite_logits, torch_logits  # noqa: E402
 from edgeexit.host.convert import check_chain  # noqa: E402
 from edgeexit.host.heads import (  # noqa: E402
-    PooledHead,
     init_from_class_means,
     logits_layers,
     prototype_heads,
 )
-from edgeexit.host.layers import ConvUnit, ExitHead  # noqa: E402
+from edgeexit.host.layers import ConvUnit, ExitHead, PooledHead  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.quantize import int8  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402

@@ -1,9 +1,8 @@
 """
-Exit heads beyond the plain one, and heads that need no training.
+Heads out of class means: a start for training, or no training at all.
 
-Callers see PooledHead (the head of Shallow-Deep Networks), logits_layers (which linear layer
-makes an exit's logits), init_from_class_means and prototype_heads. Hidden here: that the
-nearest class mean is one linear layer, and how its logits are scaled so that they mean
+Callers see logits_layers (which linear layer makes an exit's logits), init_from_class_means and
+prototype_heads. Hidden here: that the nearest class mean is one linear layer, and how its logits are scaled so that they mean
 something to a loss and to a confidence.
 """
 
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.functional import avg_pool2d, cross_entropy, max_pool2d
+from torch.nn.functional import cross_entropy
 
 from edgeexit.errors import Unsupported, UsageError
 from edgeexit.host.model import exit_outputs
@@ -23,40 +22,9 @@ from edgeexit.names import unknown
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-POOLED = 4  # places on each side that are left (Kaya et al. 2019, section 4.1)
 SMOOTHING = 0.05  # classes that the means separate wholly would ask for infinite logits
 Batches = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Inputs as the network takes them, and their labels int64 (N,); gone through more than once."""
-
-
-class PooledHead(nn.Module):
-    """
-    Logits (N, classes) from a map (N, C, H, W): pooled to 4x4, then one linear layer.
-
-    Kaya et al. 2019 (arXiv 1810.07052, section 4.1): a learned mix of maximum and average, the
-    same for all channels. Sides that 4 does not divide are covered by windows that overlap;
-    sides shorter than 4 are kept as they are, and without any longer side nothing is mixed.
-    """
-
-    def __init__(self, inputs: int, size: tuple[int, int], classes: int) -> None:
-        super().__init__()
-        self.stride = tuple(max(1, side // POOLED) for side in size)
-        self.kernel = tuple(
-            side - (POOLED - 1) * step if side >= POOLED else 1
-            for side, step in zip(size, self.stride, strict=True)
-        )
-        self.mix = nn.Parameter(torch.tensor(0.5)) if max(self.kernel) > 1 else None
-        places = math.prod(min(side, POOLED) for side in size)
-        self.linear = nn.Linear(inputs * places, classes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits of the map *x*."""
-        if self.mix is not None:
-            largest = max_pool2d(x, self.kernel, self.stride)
-            mean = avg_pool2d(x, self.kernel, self.stride)
-            x = self.mix * largest + (1 - self.mix) * mean
-        logits: torch.Tensor = self.linear(x.permute(0, 2, 3, 1).flatten(1))
-        return logits
 
 
 def logits_layers(model: nn.Module, inputs: torch.Tensor) -> dict[str, str]:

@@ -5,10 +5,14 @@ Heads read their maps channels last, so that the lowered graph needs no transpos
 (N, C, H, W), sequences (N, C, L), tokens (N, T, D), logits (N, classes).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.functional import avg_pool2d, max_pool2d
+
+POOLED = 4  # places on each side that are left (Kaya et al. 2019, section 4.1)
 
 
 class ConvUnit(nn.Sequential):
@@ -56,6 +60,36 @@ class ExitHead(nn.Module):
         """Logits of the map *x*."""
         x = self.convs(x).permute(0, 2, 3, 1)
         logits: torch.Tensor = self.linear(x.flatten(1) if self.flat else x.mean((1, 2)))
+        return logits
+
+
+class PooledHead(nn.Module):
+    """
+    Logits (N, classes) from a map (N, C, H, W): pooled to 4x4, then one linear layer.
+
+    Kaya et al. 2019 (arXiv 1810.07052, section 4.1): a learned mix of maximum and average, the
+    same for all channels. Sides that 4 does not divide are covered by windows that overlap;
+    sides shorter than 4 are kept as they are, and without any longer side nothing is mixed.
+    """
+
+    def __init__(self, inputs: int, size: tuple[int, int], classes: int) -> None:
+        super().__init__()
+        self.stride = tuple(max(1, side // POOLED) for side in size)
+        self.kernel = tuple(
+            side - (POOLED - 1) * step if side >= POOLED else 1
+            for side, step in zip(size, self.stride, strict=True)
+        )
+        self.mix = nn.Parameter(torch.tensor(0.5)) if max(self.kernel) > 1 else None
+        places = math.prod(min(side, POOLED) for side in size)
+        self.linear = nn.Linear(inputs * places, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of the map *x*."""
+        if self.mix is not None:
+            largest = max_pool2d(x, self.kernel, self.stride)
+            mean = avg_pool2d(x, self.kernel, self.stride)
+            x = self.mix * largest + (1 - self.mix) * mean
+        logits: torch.Tensor = self.linear(x.permute(0, 2, 3, 1).flatten(1))
         return logits
 
 

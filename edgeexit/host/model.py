@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from edgeexit.errors import Unsupported, UsageError
-from edgeexit.host.layers import ExitHead, SequenceHead
+from edgeexit.host.layers import ExitHead, PooledHead, SequenceHead
 from edgeexit.names import choose, unknown
 
 
@@ -127,8 +127,6 @@ def _average(inputs: int, size: tuple[int, int], classes: int, widths: Sequence[
 
 
 def _pooled(inputs: int, size: tuple[int, int], classes: int, widths: Sequence[int]) -> nn.Module:
-    from edgeexit.host.heads import PooledHead  # which knows this contract
-
     return PooledHead(inputs, size, classes)
 
 
