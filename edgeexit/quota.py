@@ -3,10 +3,10 @@ Thresholds that let a wanted share of the samples leave at every exit, on arrays
 
 For spending a budget: callers who know what an answer may cost on average ask for_budget and
 get thresholds of a one-parameter family, without looking at labels. It is the budgeted
-classification of MSDNet (Huang et al., arXiv 1703.09844, section 5; the dynamic evaluation of
-its code): exit k is given the share p_k in proportion to q**k, and its threshold is the
-confidence of the floor(n p_k)-th most confident sample among those not yet gone. What the
-thresholds give on other samples than these is not said here, nor is what they do to accuracy.
+classification of MSDNet (Huang et al., arXiv 1703.09844) with the parameter of its PyTorch code
+(kalviny/MSDNet-PyTorch): exit k is given the share p_k in proportion to q**k, and its threshold
+is the confidence of the floor(n p_k)-th most confident sample among those not yet gone. What
+the thresholds give on other samples is not said here, nor is what they do to accuracy.
 Hidden here: ties, exits that run dry, and that the cost in q moves in steps.
 """
 
@@ -85,7 +85,7 @@ def exit_rates(confidences: NDArray[Any], thresholds: Sequence[float] | Floats) 
 
 def family(q: float, exits: int) -> Floats:
     """
-    Shares p_k in proportion to q**k, float64 (exits,), sum 1 (MSDNet's exit distribution).
+    Shares p_k in proportion to q**k, float64 (exits,), sum 1 (as in MSDNet's code).
 
     Below 1 most leave early, above 1 late; 0 is everybody at the first exit, inf at the last.
     UsageError for a negative q, NaN, and without exits.

@@ -121,8 +121,9 @@ def p_value(total: float, n: int, level: float) -> float:
 
     The smaller of exp(-n h(min(m, level), level)), m = total / n and h the relative entropy of
     two coins, and e P(Bin(n, level) <= ceil(total)), the latter exact (Bates et al., arXiv
-    2101.02703, theorem 2 and section 3.1). UsageError for a total outside 0..n, n below 1, and a
-    level outside 0..1.
+    2101.02703; Angelopoulos et al., arXiv 2110.01052). For losses of 0 and 1 alone the tail
+    without e is valid too and sharper: bounds.most_allowed. UsageError for a total outside
+    0..n, n below 1, and a level outside 0..1.
     """
     _check_share("level", level)
     if n < 1 or not 0.0 <= total <= n:

@@ -179,6 +179,14 @@ def test_with_a_last_exit_cheaper_than_another_the_latest_answers_are_found() ->
     assert found.rates.tolist() == [0.0, 0.0, 1.0]
 
 
+def test_a_budget_that_is_crossed_more_than_once_is_used_at_the_latest() -> None:
+    # By q the mean goes from 1 over more than 5 at q = 0.7 to 3.3 at q = 2, and to 5 again.
+    found = for_budget(distinct(1000, 6, 2), [1.0, 20.0, 0.1, 0.1, 0.1, 5.0], 4.0)
+
+    assert found.q > 2.0
+    assert 3.9 < found.cost <= 4.0
+
+
 def test_a_budget_below_every_answer_is_refused_with_the_least() -> None:
     with pytest.raises(UsageError, match=r"budget 1\.9: expected at least 2,"):
         for_budget(distinct(50, 3, 1), [2.0, 3.0, 4.0], 1.9)

@@ -143,13 +143,14 @@ def test_crc_is_the_last_before_the_first_mean_above_its_limit(
     assert crc(losses, level, bound) == expected
 
 
-def test_a_mean_that_equals_its_limit_passes() -> None:
-    # (20 * 0.3 - 1) / 19 is 5 of 19.
-    losses = np.zeros((19, 3), bool)
-    losses[:5, 1] = True
-    losses[:6, 2] = True
+@pytest.mark.parametrize(("n", "level", "most"), [(19, 0.3, 5), (99, 0.29, 28)])
+def test_a_mean_that_equals_its_limit_passes(n: int, level: float, most: int) -> None:
+    # (n + 1) level - 1 is a whole number, but 100 * 0.29 is less than 29 in floats.
+    losses = np.zeros((n, 3), bool)
+    losses[:most, 1] = True
+    losses[: most + 1, 2] = True
 
-    assert crc(losses, 0.3) == 1
+    assert crc(losses, level) == 1
 
 
 def test_too_few_samples_show_nothing_on_average() -> None:
