@@ -2,8 +2,8 @@
 Heads out of class means: a start for training, or no training at all.
 
 Callers see logits_layers (which linear layer makes an exit's logits), init_from_class_means and
-prototype_heads. Hidden here: that the nearest class mean is one linear layer, and how its logits are scaled so that they mean
-something to a loss and to a confidence.
+prototype_heads. Hidden here: that the nearest class mean is one linear layer, and how its logits
+are scaled so that they mean something to a loss and to a confidence.
 """
 
 import math
