@@ -344,9 +344,9 @@ def check_output(path: Path, *inputs: Path | str | None) -> None:
     if not path.name or path.is_dir():
         raise UsageError(f"{path}: is a folder, expected a file", hint="name a file with -o")
     state = path.with_name(path.name + ".state")
-    for other in filter(None, inputs):
+    for other in (Path(name) for name in inputs if name):
         for mine in (path, state):
-            if mine.exists() and Path(other).exists() and mine.samefile(other):
+            if mine.exists() and other.exists() and mine.samefile(other):
                 raise UsageError(
                     f"{mine}: is what is read here, and would be overwritten",
                     hint="name another file with -o",

@@ -1,8 +1,8 @@
 """
 Read what torch.save wrote, without running anything in it.
 
-Callers see unpack, is_whole and finite_state. Hidden here: what a .pt file can do to its reader:
-hold code, grow when it is unpacked, claim tensors larger than itself.
+Callers see unpack, load_plain, is_whole and finite_state. Hidden here: what a .pt file can do to
+its reader: hold code, grow when it is unpacked, claim tensors larger than itself.
 """
 
 import io
@@ -37,6 +37,17 @@ def unpack(data: bytes, where: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise BadFile(f"{where}: holds a {type(document).__name__}, expected a checkpoint")
     return document
+
+
+def load_plain(data: bytes) -> Any:
+    """
+    What torch.save wrote, if it is weights and plain values; else any exception.
+
+    ValueError for an archive that grows: a small file must not fill the memory.
+    """
+    if _unpacked_bytes(data) > len(data):
+        raise ValueError("more bytes unpacked than packed")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _unpacked_bytes(data: bytes) -> int:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import check_output, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host.checkpoint import (
     Checkpoint,
@@ -30,6 +30,7 @@ from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
+from edgeexit.host.torchfile import load_plain
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests
 
@@ -314,7 +315,7 @@ class _Session:
         """Go on from the state file *path*, which must belong to this very job."""
         data = read_bytes(path, limit_bytes=MAX_STATE_BYTES)
         try:
-            state = torch.load(io.BytesIO(data), weights_only=True)
+            state = load_plain(data)
             version, digest = state["edgeexit_training"], state["recipe_digest"]
         except Exception as error:  # torch.load has no narrower contract for damaged files
             raise _unsound(path, error) from error
@@ -327,7 +328,10 @@ class _Session:
             )
         try:
             self.fit.load(state["fit"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (
+            *(KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError),
+            *(OverflowError, EdgeExitError),
+        ) as error:
             raise _unsound(path, error) from error
 
     def save(self, out: Path) -> None:

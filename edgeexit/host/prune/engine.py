@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import check_output, read_bytes, write_file
 from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
@@ -32,10 +32,16 @@ from edgeexit.host.prune.removal import Removal
 from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
+from edgeexit.host.torchfile import load_plain
 from edgeexit.host.train import seen
 
 STATE_FORMAT = 1
 MAX_STATE_BYTES = 4 << 30
+# What an altered state file can make of reading it.
+UNSOUND = (
+    *(KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError),
+    *(AssertionError, EdgeExitError),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,11 @@ def prune(
         done = _finished(out, digest, arch)
         if done is not None:
             return done
+    if recipe.composition.scope != "all" and len(checkpoint.exits) < 2:
+        raise UsageError(
+            f"{model_path}: has no early exit, which the scope {recipe.composition.scope} needs",
+            hint="the scope all, or give it exits first: edgeexit attach",
+        )
     material, origin = training_half(checkpoint, str(model_path), recipe.data, recipe.augmentation)
     work = _Work(checkpoint, recipe, digest, material, on_step)
     state_path = out.with_name(out.name + ".state")
@@ -160,6 +171,13 @@ def training_half(
         preprocess=checkpoint.preprocess,
         input_shape=checkpoint.input_shape,
         before=Origin.of(checkpoint.metadata, where),
+    )
+
+
+def _unsound(path: Path, error: Exception) -> BadFile:
+    return BadFile(
+        f"{path}: not a sound pruning state ({type(error).__name__})",
+        hint=f"remove {path} to start anew",
     )
 
 
@@ -291,7 +309,10 @@ class _Work:
         influence = influence or self.net.used(list(self.net.masks))
         fit = Fit(self.net.model, self.material, part, where=self.recipe.where, influence=influence)
         if self.fit_state is not None:
-            fit.load(self.fit_state)
+            try:
+                fit.load(self.fit_state)
+            except UNSOUND as error:
+                raise _unsound(self.state_path, error) from error
         while not fit.is_done:
             fit.run_epoch(lambda step: self._say(action, step))
             self.fit_state = fit.state()
@@ -400,16 +421,13 @@ class _Work:
         """Go on from the state file, which must belong to this very pruning."""
         path = self.state_path
         data = read_bytes(path, limit_bytes=MAX_STATE_BYTES)
-        hint = f"remove {path} to start anew"
         try:
-            state = torch.load(io.BytesIO(data), weights_only=True)
+            state = load_plain(data)
             version, digest = state["edgeexit_pruning"], state["digest"]
         except Exception as error:  # torch.load has no narrower contract for damaged files
-            raise BadFile(
-                f"{path}: not a sound pruning state ({type(error).__name__})", hint=hint
-            ) from error
+            raise _unsound(path, error) from error
         if version != STATE_FORMAT:
-            raise BadFile(f"{path}: of another version of edgeexit", hint=hint)
+            raise BadFile(f"{path}: of another version of edgeexit", hint=f"remove {path}")
         if digest != self.digest:
             raise UsageError(
                 f"{path}: an interrupted pruning with another recipe or network",
@@ -422,10 +440,33 @@ class _Work:
             self.pending, self.fit_state = state["pending"], state["fit"]
             self.start_cost, self.before = float(state["start_cost"]), dict(state["before"])
             self.history, self.units = list(state["history"]), dict(state["units"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise BadFile(
-                f"{path}: not a sound pruning state ({type(error).__name__})", hint=hint
-            ) from error
+            self._check_resumed()
+        except UNSOUND as error:
+            raise _unsound(path, error) from error
+
+    def _check_resumed(self) -> None:
+        """ValueError unless what the state file says can be gone on from."""
+        state, weights = self.net.model.state_dict(), dict(self.net.model.named_parameters())
+        done = self.stage == len(self.stages)
+        is_sound = (
+            0 <= self.stage <= len(self.stages)
+            and self.pending in ((None, "final", "done") if done else (None, "phase", "fine-tune"))
+            and (self.pending != "phase" or self.plan.phase is not None)
+            and 0 <= self.start_cost < float("inf")
+            and all(isinstance(row, dict) for row in self.history)
+            and self.units.keys() <= self.net.graph.groups.keys()
+            and all(bool(tensor.isfinite().all()) for tensor in state.values())
+            and self.net.masks.keys() <= weights.keys()
+            and all(m.shape == weights[k].shape for k, m in self.net.masks.items())
+        )
+        if is_sound and not done:
+            name = self.stages[self.stage].name
+            rows = sum(row.get("stage") == name for row in self.history)
+            is_sound = rows == self.step + (self.pending == "fine-tune")
+        if not is_sound:
+            raise ValueError("values that no pruning leaves")
+        made = {"before": self.before, "after": self.before, "history": []}
+        _from_metadata(self.state_path, made, was_done=False)
 
     # ------------------------------------------------------------ what came out
 
