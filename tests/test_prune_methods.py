@@ -44,6 +44,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gormez-ordered": {"steps": 3},
     "gormez-all-filters": {"steps": 2},
     "gormez-ordered-filters": {"steps": 2},
+    "nepenthe": {"steps": 2},
+    "hybrid": {"steps": 3},
     "effective-rank": {"steps": 1},
     "force": {"steps": 6, "target": Target(what="weights", share=0.3)},
     "iter-snip": {"steps": 6, "target": Target(what="weights", share=0.3)},
