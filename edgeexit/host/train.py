@@ -82,11 +82,12 @@ class Choices:
     calibration: str | None = None
 
 
-# What a checkpoint is trained with unless told otherwise. Heads alone learn fast and cannot
-# spoil the backbone; what moves a trained backbone starts lower than a recipe from scratch.
-# Attached heads that were never trained start at their class means.
+# What a checkpoint is trained with unless told otherwise. Heads alone cannot spoil the backbone,
+# but pooled ones have many inputs and diverge above 0.05. What moves a trained backbone starts
+# lower than a recipe from scratch. Attached heads that were never trained start at their class
+# means.
 FROM_CHECKPOINT: dict[str, TrainingPart] = {
-    "frozen": TrainingPart(regime="frozen", epochs=10, learning_rate=0.2, weight_decay=1e-4),
+    "frozen": TrainingPart(regime="frozen", epochs=10, learning_rate=0.05, weight_decay=1e-4),
     "joint": TrainingPart(
         regime="joint",
         epochs=20,
