@@ -121,6 +121,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "one logit": probe("logits", lambda x: {k: v[:1, :1] for k, v in x.items()}),
     "surgery 0": put("surgery", 0),
     "surgery of text": put("surgery", "remove"),
+    "a tensor in the metadata": put("metadata", {"x": torch.zeros(1)}),
     "an endless name": put("surgery", [{"remove": "x" * 100_000}]),
     "a head": lambda d: (
         d["surgery"].append({"remove": "heads.0"}),

@@ -289,6 +289,12 @@ def _read(
     if not isinstance(stored, dict):
         raise BadFile(f"{where}: state_dict: missing, or not a dict")
     state = finite_state(stored, where)
+    metadata = dict(table.find("metadata", dict, {}))
+    for key, values in (("kwargs", kwargs), ("metadata", metadata)):
+        try:
+            json_bytes(values)
+        except (TypeError, ValueError) as error:
+            raise BadFile(f"{where}: {key}: expected plain values (JSON): {error}") from error
     attached = _attached(table)
     entries = _optional(table, "surgery", list) or []
     model = _with_weights(named, arch, kwargs, state, where, attached, input_shape, entries)
@@ -304,7 +310,7 @@ def _read(
         preprocess=preprocess,
         calibration_set=_optional(table, "calibration_set", str),
         training_bloom=_bloom(_optional(table, "training_digests", torch.Tensor), where),
-        metadata=dict(table.find("metadata", dict, {})),
+        metadata=metadata,
         digest=digest_of(data),
         exits=found,
         attached=attached,
