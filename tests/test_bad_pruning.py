@@ -293,3 +293,55 @@ def test_a_share_that_leaves_nothing_is_refused(
     )
 
     assert "expected WHAT=SHARE" in said
+
+
+class Narrow(torch.nn.Module):
+    """A forward that knows a width by heart and says so in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv2d(1, 8, 3, padding=1)
+        self.last = torch.nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        x = self.first(x).relu().mean((2, 3))
+        if x.shape[1] != 8:
+            raise KeyError("width")
+        return self.last(x)
+
+
+class Deep(torch.nn.Module):
+    """A 3-d convolution over pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv3d(1, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.last = torch.nn.Linear(8, 4)
+
+    def forward(self, x: Any) -> Any:
+        return self.last(self.first(x[:, :, None]).relu().mean((2, 3, 4)))
+
+
+@pytest.mark.parametrize(("factory", "code"), [("Narrow", 2), ("Deep", 0)])
+def test_a_network_with_ideas_of_its_own(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    factory: str,
+    code: int,
+) -> None:
+    arch = f"{__name__}:{factory}"
+    save_checkpoint(
+        tmp_path / "own.pt",
+        model=globals()[factory](),
+        arch=arch,
+        kwargs={},
+        input_shape=[1, 1, 8, 8],
+        class_names=list("abcd"),
+        preprocess=PREPROCESS,
+    )
+    arguments = ["prune", str(tmp_path / "own.pt"), "--recipe", str(folder / "recipe.toml")]
+    more = ["--arch", arch, "--no-measure", "-o", str(tmp_path / "out.pt")]
+
+    assert entry([*arguments, *more]) == code
+    assert ("widths of its own" in capsys.readouterr().err) == bool(code)

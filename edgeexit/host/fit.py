@@ -103,8 +103,8 @@ def lay_out(model: nn.Module, probe: torch.Tensor) -> torch.memory_format:
     if probe.ndim != 4:
         return torch.contiguous_format
     trial = copy.deepcopy(model).eval()
-    trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
+        trial.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         with torch.inference_mode():
             trial(probe.repeat(2, 1, 1, 1).to(memory_format=torch.channels_last))
     except RuntimeError:

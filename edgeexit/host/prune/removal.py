@@ -176,7 +176,7 @@ class Removal:
         try:
             with torch.no_grad():
                 exit_outputs(model.eval(), torch.zeros(self.input_shape))
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # a forward of the user's may raise anything
             raise UsageError(
                 f"{self.where}: the network's forward has widths of its own and refuses "
                 f"narrower layers: {str(error).splitlines()[0][:160]}",
