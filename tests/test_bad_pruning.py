@@ -11,6 +11,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import nn  # noqa: E402
+
 from edgeexit.cli import entry  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
 from edgeexit.host.checkpoint import save_checkpoint  # noqa: E402
@@ -295,13 +297,13 @@ def test_a_share_that_leaves_nothing_is_refused(
     assert "expected WHAT=SHARE" in said
 
 
-class Narrow(torch.nn.Module):
+class Narrow(nn.Module):
     """A forward that knows a width by heart and says so in its own way."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = torch.nn.Conv2d(1, 8, 3, padding=1)
-        self.last = torch.nn.Linear(8, 4)
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.last = nn.Linear(8, 4)
 
     def forward(self, x: Any) -> Any:
         x = self.first(x).relu().mean((2, 3))
@@ -310,13 +312,13 @@ class Narrow(torch.nn.Module):
         return self.last(x)
 
 
-class Deep(torch.nn.Module):
+class Deep(nn.Module):
     """A 3-d convolution over pictures."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = torch.nn.Conv3d(1, 8, (1, 3, 3), padding=(0, 1, 1))
-        self.last = torch.nn.Linear(8, 4)
+        self.first = nn.Conv3d(1, 8, (1, 3, 3), padding=(0, 1, 1))
+        self.last = nn.Linear(8, 4)
 
     def forward(self, x: Any) -> Any:
         return self.last(self.first(x[:, :, None]).relu().mean((2, 3, 4)))

@@ -498,7 +498,9 @@ def _probe(
     try:
         with torch.no_grad():
             outputs = exit_outputs(model, torch.zeros(input_shape))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except EdgeExitError:
+        raise
+    except Exception as error:  # a forward of the user's may raise anything
         raise BadFile(f"{where}: the network refuses input {list(input_shape)}: {error}") from error
     for name, logits in outputs.items():
         if tuple(logits.shape) != (1, classes):
