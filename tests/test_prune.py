@@ -430,3 +430,20 @@ def test_a_bare_state_dict_is_pruned_with_the_set_that_says_what_it_is_for(
     found = load_checkpoint(tmp_path / "bare-pruned.pt", arch="mine:make")
     assert len(found.class_names) == 10
     assert found.surgery
+
+
+@pytest.mark.parametrize("changes", [{"phase": "greg-1"}, {"stability": True}])
+def test_heads_of_one_layer_are_trained_anew_where_nothing_can_be_removed(
+    folder: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    plan = recipe(folder, scope="backbone-then-exits", steps=1, schedule="one-shot", **changes)
+
+    result = prune(folder / "net.pt", plan, tmp_path / "out.pt")
+
+    assert [row["stage"] for row in result.history] == ["backbone", "exits"]
+    assert result.history[-1]["filters"] == 0
+
+
+def test_exits_alone_that_have_nothing_to_remove_are_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutOfReach, match="must remain"):
+        prune(folder / "net.pt", recipe(folder, scope="exits-only"), tmp_path / "out.pt")

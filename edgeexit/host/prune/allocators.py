@@ -164,7 +164,7 @@ def egp(bills: Sequence[Bill], share: float) -> dict[str, int]:
     if missing:
         raise UsageError(
             f"allocator egp: {missing[0]} has no relevance",
-            hint="egp goes with --criterion state-entropy",
+            hint="only layers with an activation behind them have one: leave the others out",
         )
     relevance = np.array([bill.relevance for bill in bills], float)
     rooms = np.array([bill.room for bill in bills], np.int64)

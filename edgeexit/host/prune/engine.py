@@ -244,9 +244,10 @@ class _Work:
             self.net.at = (self.stage, self.step)
             if self.pending is None:
                 self._say("score")
-                if self.plan.stability and self.step == 0:
+                prepares = self.step == 0 and not self._is_idle(stage)
+                if self.plan.stability and prepares:
                     self._await_stability(stage, steps[0] * self.start_cost)
-                if self.plan.phase is not None and self.step == 0:
+                if self.plan.phase is not None and prepares:
                     self._begin_phase(stage, steps[0] * self.start_cost)
                 else:
                     self._cut(stage, steps[self.step])
@@ -260,11 +261,16 @@ class _Work:
             self._finish_step(stage)
             steps = self._steps(stage)
 
+    def _is_idle(self, stage: Stage) -> bool:
+        """Whether there is nothing to remove, but to train: heads of one linear layer each."""
+        is_empty = not self.plan.is_unstructured and not self.net.groups(stage)
+        return stage.best_effort and is_empty
+
     def _steps(self, stage: Stage) -> list[float]:
         """The share of the stage's cost that may remain after each step."""
         share = self.plan.target.share
-        if stage.parts == "heads" and not self.plan.is_unstructured and not self.net.groups(stage):
-            return [1.0]  # heads of one linear layer each: nothing to remove, but to train
+        if self._is_idle(stage):
+            return [1.0]
         if stage.parts != "heads" and self.plan.selector != "filters":
             # One block, or as many filters, at a time until it is enough.
             is_over = self.net.cost(stage) <= share * self.start_cost
@@ -486,6 +492,7 @@ class _Work:
             out,
             self.checkpoint,
             self.net.model,
+            calibration_set=self.recipe.data.calibration_set or self.checkpoint.calibration_set,
             training_digests=seen(self.material.data.samples, self.checkpoint.training_bloom),
             surgery=surgery.joined([*self.checkpoint.surgery, *self.net.entries]),
             metadata={
