@@ -18,6 +18,7 @@ import numpy as np
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import (
     MAX_ARRAY_BYTES,
+    Arrays,
     Table,
     digest_of,
     json_bytes,
@@ -203,6 +204,7 @@ def load_samples(
     if path.suffix == ".npz":
         arrays = parse_npz(read_bytes(path, limit_bytes=MAX_ARRAY_BYTES), str(path))
         count = None if class_names is None else len(class_names)
+        _check_order(arrays, class_names)
         return from_arrays(arrays, path.stem, preprocess, count, input_shape, labels_required)
     if path.exists():
         raise UsageError(
@@ -214,6 +216,19 @@ def load_samples(
 
 
 # ---------------------------------------------------------------- a set's split
+
+
+def _check_order(arrays: Arrays, class_names: Sequence[str] | None) -> None:
+    """BadFile if the file says itself what its labels mean, and that is something else."""
+    if class_names is None or "class_names" not in arrays:
+        return
+    found = [str(name) for name in arrays.get("class_names", kinds="US", ndim=1)]
+    if found != list(class_names):
+        raise BadFile(
+            f"{arrays.where}: class_names: found {', '.join(found)[:200]}, expected "
+            f"{', '.join(class_names)[:200]}, in this order",
+            hint="number the labels in the network's order, or leave class_names out",
+        )
 
 
 def _of_set(

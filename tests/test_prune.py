@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from edgeexit.bundle import load_bundle  # noqa: E402
 from edgeexit.cli import entry  # noqa: E402
-from edgeexit.errors import BadFile, EdgeExitError, OutOfReach, UsageError  # noqa: E402
+from edgeexit.errors import BadFile, Busy, EdgeExitError, OutOfReach, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
 from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
@@ -447,3 +447,24 @@ def test_heads_of_one_layer_are_trained_anew_where_nothing_can_be_removed(
 def test_exits_alone_that_have_nothing_to_remove_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(OutOfReach, match="must remain"):
         prune(folder / "net.pt", recipe(folder, scope="exits-only"), tmp_path / "out.pt")
+
+
+def test_two_prunings_into_one_file_do_not_mix(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.pt"
+
+    def meddle(progress: Progress) -> None:
+        if progress.action == "score":
+            with pytest.raises(Busy, match=r"another process holds a pruning into out\.pt"):
+                prune(folder / "net.pt", recipe(folder), out)
+
+    prune(folder / "net.pt", recipe(folder), out, on_step=meddle)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.pt"]
+
+
+def test_classes_in_another_order_are_refused(folder: Path, tmp_path: Path) -> None:
+    with np.load(folder / "data.npz") as found:
+        np.savez(tmp_path / "data.npz", **found, class_names=np.array(list("bacd")))
+
+    with pytest.raises(BadFile, match="class_names: found b, a, c, d, expected a, b, c, d"):
+        prune(folder / "net.pt", recipe(tmp_path), tmp_path / "out.pt")

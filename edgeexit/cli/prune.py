@@ -56,6 +56,7 @@ def _list(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
 @click.option("--epochs", type=click.IntRange(0), help="of fine-tuning after each step (1)")
 @click.option("--final-epochs", type=click.IntRange(0), help="after the last step (5)")
 @click.option("--learning-rate", type=float, help="of both (0.05)")
+@click.option("--batch", type=click.IntRange(2, 65_536), help="samples of one step (128)")
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), help="of every random choice (0)")
 @click.option(
     "--calibration",
@@ -199,8 +200,9 @@ def _recipe(options: dict[str, Any]) -> "PruneRecipe":
             part = replace(part or default_training(1), epochs=epochs) if epochs else None
         if part is not None and options["learning_rate"] is not None:
             part = replace(part, learning_rate=options["learning_rate"])
-        if part is not None and options["seed"] is not None:
-            part = replace(part, seed=options["seed"])
+        for name in ("seed", "batch"):
+            if part is not None and options[name] is not None:
+                part = replace(part, **{name: options[name]})
         recipe = replace(recipe, **{key: part})
     return recipe
 

@@ -23,6 +23,7 @@ from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
 from edgeexit.host.graph import parameters
+from edgeexit.host.locks import hold
 from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.needs import needs
 from edgeexit.host.prune.phase import Facts
@@ -99,6 +100,7 @@ def prune(
     *arch* and *purpose* as for load_checkpoint.
 
     An interrupted pruning goes on where it was; a finished one is not redone unless *again*.
+    Busy if another process prunes into *out*;
     OutOfReach if the target cannot be met without emptying a layer; UsageError, BadFile or
     Unsupported for a network, recipe or data that will not do; StorageError if the state or the
     checkpoint cannot be written.
@@ -115,15 +117,20 @@ def prune(
             f"{model_path}: has no early exit, which the scope {recipe.composition.scope} needs",
             hint="the scope all, or give it exits first: edgeexit attach",
         )
-    material, origin = training_half(checkpoint, str(model_path), recipe.data, recipe.augmentation)
-    work = _Work(checkpoint, recipe, digest, material, on_step)
-    state_path = out.with_name(out.name + ".state")
-    work.state_path = state_path
-    if state_path.exists() and not again:
-        work.resume()
-    work.run()
-    work.save(out, origin)
-    state_path.unlink(missing_ok=True)
+    lock = out.with_name(f".{out.name}.lock")
+    with hold(lock, f"a pruning into {out.name}"):
+        material, origin = training_half(
+            checkpoint, str(model_path), recipe.data, recipe.augmentation
+        )
+        work = _Work(checkpoint, recipe, digest, material, on_step)
+        state_path = out.with_name(out.name + ".state")
+        work.state_path = state_path
+        if state_path.exists() and not again:
+            work.resume()
+        work.run()
+        work.save(out, origin)
+        state_path.unlink(missing_ok=True)
+        lock.unlink(missing_ok=True)
     return work.result(out)
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from time import monotonic
 
 from edgeexit.errors import Busy, EdgeExitError, storage
-from edgeexit.host.study.job import RESULT, is_held
+from edgeexit.host.locks import is_held
+from edgeexit.host.study.job import RESULT
 from edgeexit.host.study.trial import LOCK
 
 LOG = "log.txt"

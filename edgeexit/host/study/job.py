@@ -1,20 +1,17 @@
 """
-A trial of a search as files: the job, what came out of it, and the lock that guards both.
+A trial of a search as files: the job, and what came out of it.
 
-Callers see Job, Result, hold and is_held. A job's folder is named by the SHA-256 of what the job
+Callers see Job and Result. A job's folder is named by the SHA-256 of what the job
 does, whatever lies where; docs/formats.md ("Search") is the description for people. Hidden here:
 the strict reading of both documents.
 """
 
-import fcntl
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeexit.errors import BadFile, Busy, storage
+from edgeexit.errors import BadFile
 from edgeexit.files import Table, digest_of, json_bytes, read_json, write_file
 from edgeexit.host.study.space import Judge
 
@@ -251,41 +248,3 @@ def _optional(table: Table, key: str) -> str | None:
 
 def _number(table: Table, key: str) -> float | None:
     return None if table.values.get(key) is None else table.get(key, float)
-
-
-# ---------------------------------------------------------------- locks
-
-
-@contextmanager
-def hold(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """
-    Hold the lock *path* for *what*; it is free again when the block ends or the process dies.
-
-    Busy if another process holds it, unless *wait*.
-    """
-    with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise Busy(f"{path}: another process holds {what}", hint="wait for it") from error
-        yield
-    finally:
-        os.close(handle)
-
-
-def is_held(path: Path) -> bool:
-    """Whether a living process holds the lock *path*."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False

@@ -17,9 +17,10 @@ import optuna
 from optuna.trial import TrialState
 
 from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.host.locks import hold, is_held
 from edgeexit.host.study.executor import Running
 from edgeexit.host.study.folder import Row, Study, accuracy_and_cost
-from edgeexit.host.study.job import Result, hold, is_held
+from edgeexit.host.study.job import Result
 from edgeexit.host.study.space import Space
 
 LOOK_S = 1.0  # how often an idle process looks for what others left
