@@ -141,7 +141,7 @@ def _finished(out: Path, digest: str, arch: str | None) -> Pruning | None:
     if not isinstance(made, dict) or made.get("digest") != digest:
         raise UsageError(
             f"{out}: is there already and was not made by this pruning of this network",
-            hint="name another file with -o, or replace it with --again",
+            hint="name another file with -o, or replace it: edgeexit prune ... --again",
         )
     return _from_metadata(out, made, was_done=True)
 
