@@ -539,7 +539,7 @@ def test_the_command_prints_the_front_and_the_best(
     assert "unpruned" in table[2]
     assert "criterion=l1 macs=0.9" in captured.out
     assert "6 of 6 trials are beaten by no other" in captured.out
-    assert "No trial is within 1 points" in captured.out
+    assert "No trial is within 1 point of" in captured.out
     assert captured.err.count("trial ") == 6
     assert "(6/6)" in captured.err
     assert entry([*args, "--json"]) == 0

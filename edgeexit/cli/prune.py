@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeexit.cli.fitting import Bars
-from edgeexit.errors import UsageError
+from edgeexit.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from edgeexit.host.prune.engine import Progress, Pruning
@@ -127,7 +127,12 @@ def command(
             f"{last['weights_gone']:.1%} of the single weights are zero, compressed "
             f"{last['compressed_bytes']:,} bytes: a smaller download, no lower latency."
         )
+    worse = _worse(result)
+    if worse:
+        click.echo(worse)
     click.echo(comparison.text() if comparison is not None else _accuracies(result.accuracies))
+    flag = f" --arch {arch}" if arch else ""
+    click.echo(f"Next: edgeexit convert {printable(str(result.path))}{flag}")
 
 
 def pruning(
@@ -152,6 +157,22 @@ def pruning(
         raise click.Abort from error
     finally:
         display.close()
+
+
+def _worse(result: "Pruning") -> str | None:
+    """A line if training made a network worse than the removal before it had left it."""
+    steps = [
+        row["step"]
+        for row in result.history
+        if sum(row["accuracies"].values()) < sum(row.get("removed_accuracies", {}).values())
+    ]
+    if not steps:
+        return None
+    listed = ", ".join(map(str, steps))
+    return (
+        f"After step {listed} the fine-tuning left the exits worse than the removal had: try a "
+        "lower --learning-rate, more epochs or more samples."
+    )
 
 
 def _accuracies(accuracies: tuple[dict[str, float], dict[str, float]]) -> str:
@@ -216,18 +237,25 @@ class _Display:
 
     def __call__(self, progress: "Progress") -> None:
         if progress.fit is not None:
-            self._bars(progress.fit, f"{progress.action} {progress.done + 1}/{progress.total}")
+            is_final = progress.action == "final"
+            self._bars(
+                progress.fit, "final" if is_final else f"{_step(progress, 1)}  {progress.action}"
+            )
         elif progress.row is not None:
             self.close()
             self.steps = progress.done
             click.echo(_line(progress), err=True)
         else:
             self.close()
-            click.echo(f"step {progress.done + 1}/{progress.total}  {progress.action}", err=True)
+            click.echo(f"{_step(progress, 1)}  {progress.action} ...", err=True)
 
     def close(self) -> None:
         """End the bar under way."""
         self._bars.close()
+
+
+def _step(progress: "Progress", ahead: int) -> str:
+    return f"step {progress.done + ahead}" + (f"/{progress.total}" if progress.total else "")
 
 
 def _line(progress: "Progress") -> str:
@@ -239,9 +267,12 @@ def _line(progress: "Progress") -> str:
     ]
     if "weights_gone" in row:
         done.append(f"{row['weights_gone']:.1%} of the weights zero")
-    exits = "  ".join(f"{k} {100 * v:.2f} %" for k, v in row["accuracies"].items())
+    removed = row["removed_accuracies"]
+    exits = "  ".join(
+        f"{k} {100 * removed[k]:.2f} -> {100 * v:.2f} %" for k, v in row["accuracies"].items()
+    )
     what = ", ".join(done) or "nothing removed"
     return (
-        f"step {progress.done}/{progress.total}  {what}: {row['macs'] / 1e6:.2f} MMAC, "
+        f"{_step(progress, 0)}  {what}: {row['macs'] / 1e6:.2f} MMAC, "
         f"{row['parameters']:,} parameters  {exits}"
     )

@@ -178,12 +178,18 @@ def _text(found: "Found") -> str:
             "unpruned network's final exit alone,",
             f"raced in the same run, 1 thread, on {printable(before.cpu or 'this machine')}.",
         ]
+    if found.gains < len(found.front):
+        lines.append(
+            f"The unpruned network itself is no less accurate and costs no more than "
+            f"{len(found.front) - found.gains} of them."
+        )
     drop = 1.0 if found.max_drop is None else found.max_drop
+    within = f"{drop:g} point{'' if drop == 1 else 's'}"
     if found.best is None:
-        lines.append(f"No trial is within {drop:g} points of the unpruned network.")
+        lines.append(f"No trial is within {within} of the unpruned network.")
     else:
         lines.append(
-            f"Least cost within {drop:g} points of the unpruned: trial {found.best.number}, "
+            f"Least cost within {within} of the unpruned: trial {found.best.number}, "
             f"{printable(str(found.best.checkpoint))}"
         )
     return "\n".join(lines)

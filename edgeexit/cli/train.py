@@ -7,7 +7,7 @@ import click
 
 from edgeexit.cli import require_host
 from edgeexit.cli.fitting import Bars
-from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.errors import EdgeExitError, UsageError, printable
 
 if TYPE_CHECKING:
     from edgeexit.host.assess import Assessment
@@ -116,9 +116,11 @@ def command(
     click.echo(f"{result.path}: {epochs}")
     if worth is not None:
         click.echo(worth.text())
-        return
-    for name, accuracy in result.accuracies.items():
-        click.echo(f"  {name:<12} {100 * accuracy:6.2f} % of the held-out samples right")
+    else:
+        for name, accuracy in result.accuracies.items():
+            click.echo(f"  {name:<12} {100 * accuracy:6.2f} % of the held-out samples right")
+    flag = f" --arch {arch}" if arch else ""
+    click.echo(f"Next: edgeexit convert {printable(str(result.path))}{flag}")
 
 
 def _worth(

@@ -161,7 +161,11 @@ def known_names() -> dict[str, list[str]]:
         "phase": PHASES,
         "target": TARGETS,
     }
-    return {"method": list(METHODS), **able, **{what: list(names) for what, names in axes.items()}}
+    methods = {
+        "method": [name for name, one in METHODS.items() if not one.is_unstructured],
+        "zeros only": [name for name, one in METHODS.items() if one.is_unstructured],
+    }
+    return {**methods, **able, **{what: list(names) for what, names in axes.items()}}
 
 
 def from_table(table: Table, base: Composition) -> Composition:

@@ -50,8 +50,8 @@ class Progress:
     """
     What is going on: *action* ("measure", "score", "phase", "fine-tune", "final", "done step").
 
-    *done* of *total* steps are behind; *fit* is the training's own progress, *row* what a
-    finished step did.
+    *done* of *total* steps are behind (0: as many as it takes); *fit* is the training's own
+    progress, *row* what a finished step did.
     """
 
     action: str
@@ -291,6 +291,7 @@ class _Work:
         """One step of removing; what was done is the history's new last row."""
         done = self.net.cut(stage, share * self.start_cost, share)
         self.history.append({"stage": stage.name, "step": self.step + 1, **self.waited, **done})
+        self.history[-1]["removed_accuracies"] = holdout_accuracies(self.net.model, self.material)
         self.waited = {}
         self.pending = "fine-tune"
 
@@ -300,15 +301,14 @@ class _Work:
         self.pending, self.fit_state = None, None
         self.step += 1
         self._save_state()
-        self.tell(
-            Progress(
-                action="done step", done=self.step, total=max(self.step, self.plan.steps), row=row
-            )
-        )
+        self.tell(Progress(action="done step", done=self.step, total=self._total(), row=row))
 
     def _say(self, action: str, fit: Step | None = None) -> None:
-        total = max(self.step + 1, self.plan.steps if self.plan.selector == "filters" else 0)
-        self.tell(Progress(action=action, done=self.step, total=total, fit=fit))
+        self.tell(Progress(action=action, done=self.step, total=self._total(), fit=fit))
+
+    def _total(self) -> int:
+        """Steps of the stage, 0 where one removal follows another until it is enough."""
+        return len(self.plan.gone()) if self.plan.selector == "filters" else 0
 
     def _figures(self) -> dict[str, Any]:
         return {

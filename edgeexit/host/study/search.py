@@ -35,7 +35,7 @@ class Found:
 
     The front is sorted by cost; *best* is its fastest row within *max_drop* points of the
     network before (1 point if none was given), None if there is none. *cost* names what the
-    cost is.
+    cost is, *gains* how many rows of the front the network before does not beat itself.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Found:
     before: Row
     rows: tuple[Row, ...]
     front: tuple[Row, ...]
+    gains: int
     best: Row | None
 
 
@@ -88,7 +89,12 @@ def _found(study: Study, before: Row) -> Found:
     front = [done[k] for k in pareto(points)]
     accuracies = dict(zip((row.number for row in done), points, strict=True))
     drop = WORTH if study.max_drop is None else study.max_drop
-    least = accuracy_and_cost(before.result, kind)[0] - drop / 100
+    unpruned = accuracy_and_cost(before.result, kind)
+    least = unpruned[0] - drop / 100
+    gains = sum(
+        accuracies[row.number][0] > unpruned[0] or accuracies[row.number][1] < unpruned[1]
+        for row in front
+    )
     good = [row for row in front if accuracies[row.number][0] >= least - 1e-12]
     return Found(
         folder=study.folder,
@@ -97,6 +103,7 @@ def _found(study: Study, before: Row) -> Found:
         before=before,
         rows=tuple(rows),
         front=tuple(front),
+        gains=gains,
         best=good[0] if good else None,
     )
 
