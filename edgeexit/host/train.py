@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeexit.errors import BadFile, EdgeExitError, UsageError
-from edgeexit.files import check_output, digest_of, json_bytes, read_bytes, write_file
+from edgeexit.errors import BadFile, UsageError
+from edgeexit.files import check_output, digest_of, json_bytes, write_file
 from edgeexit.host.checkpoint import (
     Checkpoint,
     Purpose,
@@ -30,13 +30,11 @@ from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
-from edgeexit.host.torchfile import load_plain
+from edgeexit.host.statefile import UNSOUND, head, read_state, unsound
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests
 
-# 1: first format. 2: the state of a Fit, with its phases.
-STATE_FORMAT = 2
-MAX_STATE_BYTES = 4 << 30
+JOB = "training"
 MOST_FALSE_HITS = 0.1
 
 
@@ -308,32 +306,16 @@ class _Session:
     def state_bytes(self) -> bytes:
         """Everything that the next epoch needs, as the bytes of the state file."""
         buffer = io.BytesIO()
-        head = {"edgeexit_training": STATE_FORMAT, "recipe_digest": self.job.digest}
-        torch.save(head | {"fit": self.fit.state()}, buffer)
+        torch.save(head(JOB, self.job.digest) | {"fit": self.fit.state()}, buffer)
         return buffer.getvalue()
 
     def resume(self, path: Path) -> None:
         """Go on from the state file *path*, which must belong to this very job."""
-        data = read_bytes(path, limit_bytes=MAX_STATE_BYTES)
-        try:
-            state = load_plain(data)
-            version, digest = state["edgeexit_training"], state["recipe_digest"]
-        except Exception as error:  # torch.load has no narrower contract for damaged files
-            raise _unsound(path, error) from error
-        if version != STATE_FORMAT:
-            raise BadFile(f"{path}: of another version of edgeexit", hint=f"remove {path}")
-        if digest != self.job.digest:
-            raise UsageError(
-                f"{path}: an interrupted training of another recipe",
-                hint="undo the change to the recipe to go on, or start anew with --again",
-            )
+        state = read_state(path, JOB, self.job.digest)
         try:
             self.fit.load(state["fit"])
-        except (
-            *(KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError),
-            *(OverflowError, EdgeExitError),
-        ) as error:
-            raise _unsound(path, error) from error
+        except UNSOUND as error:
+            raise unsound(path, JOB, error) from error
 
     def save(self, out: Path) -> None:
         """Write the best weights as a checkpoint."""
@@ -381,13 +363,6 @@ def _take_weights(model: nn.Module, path: Path, where: str, arch: str | None) ->
         raise UsageError(
             f"{where}: model.initial_weights: {path} holds another network ({initial.arch})"
         ) from error
-
-
-def _unsound(path: Path, error: Exception) -> BadFile:
-    return BadFile(
-        f"{path}: not a sound training state ({type(error).__name__})",
-        hint=f"remove {path} to start anew",
-    )
 
 
 def seen(samples: NDArray[Any], before: bytes | None) -> bytes:

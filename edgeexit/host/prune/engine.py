@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeexit.errors import BadFile, EdgeExitError, UsageError
-from edgeexit.files import check_output, read_bytes, write_file
+from edgeexit.errors import BadFile, UsageError
+from edgeexit.files import check_output, write_file
 from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
@@ -33,16 +33,11 @@ from edgeexit.host.prune.removal import Removal
 from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
-from edgeexit.host.torchfile import load_plain
+from edgeexit.host.statefile import UNSOUND, head, read_state, unsound
 from edgeexit.host.train import seen
 
-STATE_FORMAT = 1
-MAX_STATE_BYTES = 4 << 30
+JOB = "pruning"
 # What an altered state file can make of reading it.
-UNSOUND = (
-    *(KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, OverflowError),
-    *(AssertionError, EdgeExitError),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,13 +176,6 @@ def training_half(
     )
 
 
-def _unsound(path: Path, error: Exception) -> BadFile:
-    return BadFile(
-        f"{path}: not a sound pruning state ({type(error).__name__})",
-        hint=f"remove {path} to start anew",
-    )
-
-
 class _Work:
     """One pruning under way."""
 
@@ -308,7 +296,9 @@ class _Work:
 
     def _total(self) -> int:
         """Steps of the stage, 0 where one removal follows another until it is enough."""
-        return len(self.plan.gone()) if self.plan.selector == "filters" else 0
+        if self.plan.selector != "filters":
+            return 0
+        return 1 if self.plan.foresight else len(self.plan.gone())
 
     def _figures(self) -> dict[str, Any]:
         return {
@@ -325,7 +315,7 @@ class _Work:
             try:
                 fit.load(self.fit_state)
             except UNSOUND as error:
-                raise _unsound(self.state_path, error) from error
+                raise unsound(self.state_path, JOB, error) from error
         while not fit.is_done:
             fit.run_epoch(lambda step: self._say(action, step))
             self.fit_state = fit.state()
@@ -413,8 +403,7 @@ class _Work:
         buffer = io.BytesIO()
         torch.save(
             {
-                "edgeexit_pruning": STATE_FORMAT,
-                "digest": self.digest,
+                **head(JOB, self.digest),
                 "stage": self.stage,
                 "step": self.step,
                 "pending": self.pending,
@@ -433,19 +422,7 @@ class _Work:
     def resume(self) -> None:
         """Go on from the state file, which must belong to this very pruning."""
         path = self.state_path
-        data = read_bytes(path, limit_bytes=MAX_STATE_BYTES)
-        try:
-            state = load_plain(data)
-            version, digest = state["edgeexit_pruning"], state["digest"]
-        except Exception as error:  # torch.load has no narrower contract for damaged files
-            raise _unsound(path, error) from error
-        if version != STATE_FORMAT:
-            raise BadFile(f"{path}: of another version of edgeexit", hint=f"remove {path}")
-        if digest != self.digest:
-            raise UsageError(
-                f"{path}: an interrupted pruning with another recipe or network",
-                hint="undo the change to go on, or start anew with --again",
-            )
+        state = read_state(path, JOB, self.digest)
         try:
             self.net.load(state["net"], str(path))
             self.net.model.load_state_dict(state["model"])
@@ -455,7 +432,7 @@ class _Work:
             self.history, self.units = list(state["history"]), dict(state["units"])
             self._check_resumed()
         except UNSOUND as error:
-            raise _unsound(path, error) from error
+            raise unsound(path, JOB, error) from error
 
     def _check_resumed(self) -> None:
         """ValueError unless what the state file says can be gone on from."""

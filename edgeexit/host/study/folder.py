@@ -33,7 +33,6 @@ from edgeexit.host.study.trial import (
     UNPRUNED,
     digest_of_arrays,
     digest_of_material,
-    reals_for,
     tools,
 )
 
@@ -131,7 +130,9 @@ class Study:
         source = _resolved(calibration or start.calibration_set)
         ranges = None
         if space.judge.int8:
-            ranges = digest_of_arrays(reals_for(start, material, source).samples)
+            from edgeexit.host.assess import ranges_of
+
+            ranges = digest_of_arrays(ranges_of(start, material, source).samples)
         self.facts: dict[str, Any] = {
             "model": digest_of(bytes_),
             "arch": arch,

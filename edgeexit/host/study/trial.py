@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 LOCK = "lock"
 UNPRUNED = "unpruned.edgeexit"
 MEASURING = "measuring.lock"
-RANGES_SAMPLES = 500
 RACED = 200  # samples at most
 PASSES = (5, 40, 1000)  # at least, by choice, at most
 PACKAGES = ("torch", "numpy", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
@@ -75,27 +74,6 @@ def digest_of_arrays(*arrays: NDArray[Any]) -> str:
 def digest_of_material(material: Material) -> str:
     """SHA-256 of samples, labels and which of them are held out."""
     return digest_of_arrays(material.data.samples, material.data.labels, material.holdout)
-
-
-def reals_for(checkpoint: Checkpoint, material: Material, source: str | None) -> RealSamples:
-    """
-    Samples for activation ranges: those of *source*, or some training samples.
-
-    *source* is a set (its ranges split is taken), a folder or an .npz. Errors as load_samples.
-    """
-    from edgeexit.samples import is_set, load_samples
-
-    if source is None:
-        some = material.training[spread(len(material.training))[:RANGES_SAMPLES]]
-        return RealSamples(material.data.samples[some], material.preprocess)
-    found = load_samples(
-        f"{source}:ranges" if is_set(source) else source,
-        checkpoint.preprocess,
-        checkpoint.class_names,
-        checkpoint.input_shape,
-        labels_required=False,
-    )
-    return RealSamples(found.samples, checkpoint.preprocess)
 
 
 def run_job(folder: Path) -> Result:
@@ -140,7 +118,9 @@ class _Run:
             )
         self.reals: RealSamples | None = None
         if job.judge.int8:
-            self.reals = reals_for(self.start, self.material, job.places.get("ranges"))
+            from edgeexit.host.assess import ranges_of
+
+            self.reals = ranges_of(self.start, self.material, job.places.get("ranges"))
             if digest_of_arrays(self.reals.samples) != job.ranges:
                 raise BadFile(
                     f"{job.places.get('ranges')}: other samples than when the search began"
