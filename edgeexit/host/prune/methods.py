@@ -4,10 +4,21 @@ Named compositions: what papers do, as combinations that `--method` names and op
 docs/methods.md has one row for each: what differs from the paper, and what was left out.
 """
 
+from dataclasses import replace
+
 from edgeexit.host.prune.composition import Composition, Target
 
 # The share of weights that 20 steps of 10 % leave.
 TWENTY_TENTHS = 0.9**20
+
+GROWING = Composition(
+    criterion="l1",
+    allocator="uniform",
+    schedule="one-shot",
+    steps=1,
+    phase_epochs=3,
+    coupled=False,
+)
 
 METHODS: dict[str, Composition] = {
     # Görmez & Koyuncu, "Pruning Early Exit Networks" (arXiv 2207.03644): single weights, all
@@ -79,24 +90,8 @@ METHODS: dict[str, Composition] = {
         criterion="l1", schedule="one-shot", steps=1, stability=True, phase_epochs=20
     ),
     # Wang et al., "Neural Pruning via Growing Regularization" (arXiv 2012.09243).
-    "greg-1": Composition(
-        criterion="l1",
-        allocator="uniform",
-        schedule="one-shot",
-        steps=1,
-        phase="greg-1",
-        phase_epochs=3,
-        coupled=False,
-    ),
-    "greg-2": Composition(
-        criterion="l1",
-        allocator="uniform",
-        schedule="one-shot",
-        steps=1,
-        phase="greg-2",
-        phase_epochs=3,
-        coupled=False,
-    ),
+    "greg-1": replace(GROWING, phase="greg-1"),
+    "greg-2": replace(GROWING, phase="greg-2"),
     # de Jorge et al., "Progressive Skeletonization" (arXiv 2006.09081).
     "force": Composition(
         criterion="force",
