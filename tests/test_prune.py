@@ -15,12 +15,13 @@ torch = pytest.importorskip("torch")
 
 from edgeexit.bundle import load_bundle  # noqa: E402
 from edgeexit.cli import entry  # noqa: E402
+from edgeexit.cli.prune import _worse  # noqa: E402
 from edgeexit.errors import BadFile, Busy, EdgeExitError, OutOfReach, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
 from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
 from edgeexit.host.prune.composition import Composition, Target  # noqa: E402
-from edgeexit.host.prune.engine import Progress, prune  # noqa: E402
+from edgeexit.host.prune.engine import Progress, Pruning, prune  # noqa: E402
 from edgeexit.host.prune.recipe import PruneRecipe, read_prune_recipe  # noqa: E402
 from edgeexit.host.recipe import DataPart, TrainingPart  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
@@ -468,3 +469,44 @@ def test_classes_in_another_order_are_refused(folder: Path, tmp_path: Path) -> N
 
     with pytest.raises(BadFile, match="class_names: found b, a, c, d, expected a, b, c, d"):
         prune(folder / "net.pt", recipe(tmp_path), tmp_path / "out.pt")
+
+
+@pytest.mark.parametrize(("removed", "is_told"), [(0.9, True), (0.2, False)])
+def test_a_training_that_leaves_every_exit_worse_is_told(removed: float, is_told: bool) -> None:
+    row = {
+        "step": 1,
+        "accuracies": {"a": 0.5, "b": 0.3},
+        "removed_accuracies": {"a": 0.6, "b": removed},
+    }
+    result = Pruning(
+        path=Path("out.pt"),
+        history=(row,),
+        macs=(2, 1),
+        parameters=(2, 1),
+        accuracies=({}, {}),
+        was_done=False,
+    )
+
+    assert (_worse(result) is not None) == is_told
+
+
+class Wordless(Stubborn):
+    """A forward that raises without a word once its layers are narrower."""
+
+    def forward(self, x: Any) -> Any:
+        maps = torch.relu(self.conv(x))
+        if maps.shape[1] != 8:
+            raise ValueError
+        return self.head(maps.flatten(1))
+
+
+def test_a_forward_that_raises_without_a_word_is_refused_with_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wordless.py").write_text("from test_prune import Wordless as make\n")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    save(tmp_path / "net.pt", Wordless(), arch="wordless:make", kwargs={})
+
+    with pytest.raises(UsageError, match="narrower layers: ValueError"):
+        prune(tmp_path / "net.pt", recipe(folder), tmp_path / "out.pt", arch="wordless:make")

@@ -164,13 +164,16 @@ def _worse(result: "Pruning") -> str | None:
     steps = [
         row["step"]
         for row in result.history
-        if sum(row["accuracies"].values()) < sum(row.get("removed_accuracies", {}).values())
+        if all(
+            row["accuracies"][name] < accuracy
+            for name, accuracy in row.get("removed_accuracies", row["accuracies"]).items()
+        )
     ]
     if not steps:
         return None
     listed = ", ".join(map(str, steps))
     return (
-        f"After step {listed} the fine-tuning left the exits worse than the removal had: try a "
+        f"After step {listed} the fine-tuning left every exit worse than the removal had: try a "
         "lower --learning-rate, more epochs or more samples."
     )
 

@@ -179,7 +179,7 @@ class Removal:
         except Exception as error:  # a forward of the user's may raise anything
             raise UsageError(
                 f"{self.where}: the network's forward has widths of its own and refuses "
-                f"narrower layers: {str(error).splitlines()[0][:160]}",
+                f"narrower layers: {next(iter(str(error).splitlines()), type(error).__name__)[:160]}",
                 hint="protect the layers in question, or write forward without numbers of channels",
             ) from error
         return entry
@@ -293,14 +293,15 @@ class Removal:
             gone = allocate(bills, min(share, most))
             return {bill.name: self._rounded(bill, bill.size - gone[bill.name]) for bill in bills}
 
-        if stage.best_effort and self.cost(stage, at(most)) > goal:
-            return at(most)
-        if not units or self.cost(stage, at(most)) > goal:
+        fewest = at(most)
+        least = self.cost(stage, fewest)
+        if stage.best_effort and least > goal:
+            return fewest
+        if not units or least > goal:
             now = self.cost(stage)
-            least = self.cost(stage, at(most)) / now if units else 1.0
             what, asked = self.plan.target.what, self.plan.target.share
             raise OutOfReach(
-                f"{self.where}: {what}={asked:g}: with these axes {least:.3f} of what the "
+                f"{self.where}: {what}={asked:g}: with these axes {least / now:.3f} of what the "
                 f"{stage.name} stage has now must remain, or a layer would be empty",
                 hint="a larger share, a smaller round_to, fewer protected layers, "
                 "coupled = true, or the selector everything",
