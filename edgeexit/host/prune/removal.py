@@ -177,9 +177,10 @@ class Removal:
             with torch.no_grad():
                 exit_outputs(model.eval(), torch.zeros(self.input_shape))
         except Exception as error:  # a forward of the user's may raise anything
+            said = next(iter(str(error).splitlines()), type(error).__name__)
             raise UsageError(
                 f"{self.where}: the network's forward has widths of its own and refuses "
-                f"narrower layers: {next(iter(str(error).splitlines()), type(error).__name__)[:160]}",
+                f"narrower layers: {said[:160]}",
                 hint="protect the layers in question, or write forward without numbers of channels",
             ) from error
         return entry
