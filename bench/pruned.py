@@ -20,7 +20,7 @@ NAMES = ("dense", "pruned")
 def worker(folder: Path, seed: int) -> dict[str, float]:
     from edgeexit import demo
     from edgeexit.bundle import load_bundle
-    from edgeexit.compare import race
+    from edgeexit.race import race
     from edgeexit.runtime import Runner
     from edgeexit.samples import find_set
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeexit import compare, names, profile, tune
+from edgeexit import names, profile, tune
 from edgeexit.bundle import Bundle, load_bundle
 from edgeexit.device import this_device
 from edgeexit.errors import UsageError
@@ -21,6 +21,7 @@ from edgeexit.files import read_json
 from edgeexit.policy import Policy
 from edgeexit.preprocess import load_image
 from edgeexit.profile import Profile
+from edgeexit.race import Race, race
 from edgeexit.runtime import Prediction, Runner
 from edgeexit.samples import CalibrationSet, find_set
 
@@ -70,7 +71,7 @@ class Demo:
     dense: Tuned
     pruned: Tuned
     best_static: Evaluation
-    race: compare.Race
+    race: Race
     best_static_exit: str
     pictures: Sequence["Picture"]
 
@@ -170,14 +171,14 @@ def run_demo(
         answered += answers
         step("compare", answered / total)
 
-    race = compare.race(runners, list(report.samples), passes=PASSES, on_step=advance)
+    result = race(runners, list(report.samples), passes=PASSES, on_step=advance)
     for runner in runners.values():
         runner.close()
     return Demo(
         dense=dense,
         pruned=smaller,
         best_static=best_static,
-        race=race,
+        race=result,
         best_static_exit=best,
         pictures=pictures,
     )

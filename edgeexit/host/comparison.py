@@ -13,7 +13,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgeexit.bundle import Bundle
-from edgeexit.compare import Race, race
+from edgeexit.race import Race, race
 from edgeexit.host.assess import (
     COLUMNS,
     Assessment,

@@ -264,7 +264,7 @@ class _Run:
         self, bundle: "Bundle", yardstick: "Bundle"
     ) -> tuple[dict[str, Interval], dict[str, float], float]:
         """Leaving at each kept exit in turns with the yardstick: ratios, milliseconds, its own."""
-        from edgeexit.compare import race
+        from edgeexit.race import race
         from edgeexit.runtime import Runner
 
         kept, final = self.job.kept, yardstick.exits[-1]

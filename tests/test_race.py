@@ -1,6 +1,6 @@
 """Racing runners: every sample is answered by all, and ratios are taken pass by pass."""
 
-from edgeexit.compare import Race, race
+from edgeexit.race import Race, race
 
 
 class Counter:
