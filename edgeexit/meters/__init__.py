@@ -20,11 +20,13 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
 
 from edgeexit.device import Device
-from edgeexit.errors import DeviceError, EdgeExitError, UsageError
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, UsageError
+from edgeexit.files import Table
 from edgeexit.machine import Machine
 from edgeexit.names import load_attribute, unknown
 
 LABELS = ("external", "partial", "modelled")
+_INFO_KEYS = ("kind", "label", "instrument", "boundary", "rate_hz")
 GROUP = "edgeexit.meters"
 NONE = "none"
 _MOST_CHARS = 4096
@@ -67,6 +69,28 @@ class MeterInfo:
     boundary: str
     rate_hz: float
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_document(self) -> dict[str, Any]:
+        """The same as a JSON object."""
+        return {**{key: getattr(self, key) for key in _INFO_KEYS}, "details": dict(self.details)}
+
+    @classmethod
+    def from_document(cls, table: Table) -> "MeterInfo":
+        """Read what to_document wrote. BadFile names what is wrong."""
+        table.only(*_INFO_KEYS, "details")
+        label, rate_hz = table.get("label", str), table.get("rate_hz", float)
+        if label not in LABELS:
+            raise BadFile(f"{table.where}: label: expected one of {', '.join(LABELS)}")
+        if not 0 < rate_hz < 1e9:
+            raise BadFile(f"{table.where}: rate_hz: expected samples a second, found {rate_hz}")
+        return cls(
+            kind=table.get("kind", str),
+            label=label,
+            instrument=table.get("instrument", str),
+            boundary=table.get("boundary", str),
+            rate_hz=rate_hz,
+            details=table.table("details").values,
+        )
 
 
 class EnergyMeter(Protocol):
