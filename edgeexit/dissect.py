@@ -5,15 +5,26 @@ Callers see dissect and Dissection. It runs in the timing process before anythin
 a segment, because opening, first calls and memory can be seen only once in a process.
 """
 
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from time import perf_counter_ns
 from typing import Any, TypeVar
 
-from edgeexit.errors import BadFile
+from edgeexit.bundle import Bundle
+from edgeexit.errors import BadFile, DeviceError
 from edgeexit.files import Table
+from edgeexit.preprocess import InputStage
+from edgeexit.runtime import Runner, Segment, runtime_name
 
 _T = TypeVar("_T", int, float)
 _MOST_NS = 1e15
 _MOST_BYTES = 1 << 50
+_IDLE_S = 0.2
+_BLOCKS, _BLOCK_NS = 7, 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +32,8 @@ class SegmentCost:
     """
     One segment of the chain of all exits.
 
-    load_ns: reading, checking and opening its file. first_ns: the first call behind that, boundary
+    load_ns: reading, checking and opening its file; that of the first one also sets the runtime
+    up, once in a process (as does its memory). first_ns: the first call behind that, boundary
     bytes included. memory_bytes: how much private resident memory (pages that no other process
     shares) the process grew by over both; None where the system does not say. handover_ns: copying
     its boundary bytes in and reading its exit's confidence, which is what a cut adds to a call.
@@ -88,3 +100,91 @@ def _nanoseconds(table: Table, key: str, kind: type[_T]) -> _T:
     if not 0 < value < _MOST_NS:
         raise BadFile(f"{table.where}: {key}: expected nanoseconds, more than 0, found {value}")
     return value
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def dissect(bundle: Bundle, samples: Sequence[Any], threads: int = 1) -> Dissection:
+    """
+    Open the chain of all exits of *bundle* segment by segment and watch; takes under a second.
+
+    Call it before this process has opened any segment. *samples* fit the bundle's input stage,
+    as for a Runner. DeviceError if the runtime fails.
+    """
+    name = runtime_name()  # loads the runtime, which is no segment's cost
+    with Runner(bundle, None, threads) as runner:
+        runner.input_tensor(samples[0])  # what the first segment will fetch
+        try:
+            segments = tuple(map(_watch, runner.segments))
+        except RuntimeError as error:
+            why = " ".join(str(error).split())
+            raise DeviceError(f"{bundle.path}: {name} failed: {why}") from error
+        time.sleep(_IDLE_S)
+        start = perf_counter_ns()
+        runner(samples[0])
+        after_idle_ns = perf_counter_ns() - start
+    spec = bundle.input
+    stage = InputStage(bundle.preprocess, spec.shape, spec.dtype, spec.scale, spec.zero_point)
+    return Dissection(
+        preprocess_ns=_block_ns(lambda: stage(samples[0])),
+        after_idle_ns=after_idle_ns,
+        segments=segments,
+    )
+
+
+def _watch(segment: Segment) -> SegmentCost:
+    before = private_bytes()
+    start = perf_counter_ns()
+    segment.open()
+    opened = perf_counter_ns()
+    segment.advance()
+    ran = perf_counter_ns()
+    after = private_bytes()
+
+    def hand_over() -> None:
+        segment.fetch()
+        segment.read(segment.logits)
+
+    return SegmentCost(
+        exit=segment.name,
+        load_ns=opened - start,
+        first_ns=ran - opened,
+        memory_bytes=None if before is None or after is None else after - before,
+        handover_ns=_block_ns(hand_over),
+    )
+
+
+def _block_ns(step: Callable[[], object]) -> float:
+    """Nanoseconds a call of *step*: the median over blocks of about a millisecond."""
+    step()
+    start = perf_counter_ns()
+    step()
+    calls = min(10_000, max(1, _BLOCK_NS // max(1, perf_counter_ns() - start)))
+    found = []
+    for _ in range(_BLOCKS):
+        start = perf_counter_ns()
+        for _ in range(calls):
+            step()
+        found.append((perf_counter_ns() - start) / calls)
+    return statistics.median(found)
+
+
+def private_bytes() -> int | None:
+    """
+    Resident memory of this process that it shares with no other, None if the system hides it.
+
+    From smaps_rollup where the kernel has it (since 4.14), else resident less shared pages.
+    """
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        lines = []
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("Private_")]
+    if kilobytes:
+        return sum(kilobytes) * 1024
+    try:
+        resident, shared = Path("/proc/self/statm").read_text().split()[1:3]
+    except (OSError, ValueError):
+        return None
+    return (int(resident) - int(shared)) * resource.getpagesize()

@@ -104,7 +104,10 @@ class Table:
             raise BadFile(f"{place}: missing")
         value = self.values[key]
         if kind is float and type(value) is int:
-            value = float(value)
+            try:
+                value = float(value)
+            except OverflowError:
+                raise BadFile(f"{place}: {_short(value)} is too large a number") from None
         if type(value) is not kind:
             raise BadFile(f"{place}: expected {kind.__name__}, found {_short(value)}")
         return value

@@ -95,7 +95,8 @@ class Segment:
     """
     One link of the chain: fetches its boundary bytes, runs, and holds its exit's logits.
 
-    advance() does all of that; the first call opens the file. *values* maps the names of all
+    advance() does all of that; the first call opens the file. fetch() is its first part alone, for
+    whoever times it. *values* maps the names of all
     tensors made so far to their bytes in memory, and grows by this segment's outputs. After
     advance, `logits` is a memoryview of the stored logits, typed as they are.
     """
@@ -154,6 +155,11 @@ class Segment:
         self.logits = opened.outputs[link.outputs[0].name].reshape(-1).data
         self._opened, self._invoke = opened, opened.invoke
         self.advance = self._first_advance
+
+    def fetch(self) -> None:
+        """Copy the boundary bytes in, and nothing more."""
+        for target, source in self._copies:
+            target[:] = source
 
     def close(self) -> None:
         """Give the memory back; it cannot be used again."""
@@ -369,6 +375,11 @@ class Runner:
     def input_tensor(self, sample: Any) -> NDArray[Any]:
         """A copy of the input tensor that *sample* makes, of the bundle's input spec."""
         return self._fill(sample).copy()
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The links of the chain, for whoever times them one by one; not to be closed."""
+        return tuple(self._segments)
 
     @property
     def opened(self) -> list[str]:

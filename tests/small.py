@@ -1,16 +1,21 @@
 """A tiny bundle on disk, and records and profiles made of numbers instead of runs."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from tiny import tiny_model
 
+from edgeexit.blocks import CLEAN, Block, Case, Kept, Mode, Process, Verdict
 from edgeexit.bundle import Bundle, write_bundle
+from edgeexit.dissect import Dissection, SegmentCost
 from edgeexit.evaluate import Record
+from edgeexit.paths import kept_sets
 from edgeexit.policy import Policy
 from edgeexit.preprocess import Preprocess
-from edgeexit.profile import Case, Profile, kept_sets
+from edgeexit.profile import Profile
 from edgeexit.samples import Samples
+from edgeexit.state import Reading
 from edgeexit.tflite import TensorSpec
 
 EXITS = ("exit0", "exit1", "exit2")
@@ -97,42 +102,109 @@ def made_record(
     )
 
 
+def made_cases(exits: Sequence[str] = EXITS, sets: Iterable[Kept] | None = None) -> list[Case]:
+    """The paths of a bundle in which every exit hands the same tensors over, whoever is next."""
+    found: dict[tuple[Kept, bool], list[tuple[Kept, str]]] = {}
+    for kept in kept_sets(exits) if sets is None else sets:
+        for k, exit in enumerate(kept):
+            found.setdefault((kept[: k + 1], exit == kept[-1]), []).append((kept, exit))
+    return [Case(kept=p[0][0], exit=p[0][1], also=tuple(p[1:])) for p in found.values()]
+
+
 def made_profile(
-    segments: tuple[float, ...] = (100e3, 100e3, 100e3),
-    head: float = 5e3,
+    segments: Sequence[float] = (100e3, 100e3, 100e3),
+    head: float | Sequence[float] = 5e3,
     *,
+    exits: Sequence[str] = EXITS,
+    sets: Iterable[Kept] | None = None,
     device: str = "host",
     bundle_digest: str = DIGEST,
     jitter: float = 0.0,
+    drift: float = 0.0,
+    handover: float | None = None,
+    processes: int = 3,
+    blocks: int = 9,
+    seed: int = 0,
+    **more: object,
 ) -> Profile:
-    """Costs that add up: the segments on the way, and a head for each kept exit on it."""
-    rng = np.random.default_rng(0)
-    cases = []
-    for kept in kept_sets(EXITS):
-        for exit in kept:
-            depth = EXITS.index(exit)
-            cost = sum(segments[: depth + 1]) + head * (kept.index(exit) + 1)
-            rows = [[cost * (1 + jitter * rng.normal()) for _ in range(9)] for _ in range(3)]
-            cases.append(
-                Case(
-                    kept=kept,
-                    exit=exit,
-                    warmup_ns=((9, 8),) * 3,
-                    calls=(10,) * 3,
-                    blocks_ns=tuple(map(tuple, rows)),
-                )
+    """
+    Costs that add up: the segments on the way, and a head for each kept exit on it.
+
+    Each block is off by *jitter* (a share, normal), each case of each process by *drift*. With
+    *handover* (ns) there is a dissection that saw it at each exit, and an input stage of 2 us.
+    """
+    rng = np.random.default_rng(seed)
+    heads = [head] * len(exits) if isinstance(head, float | int) else head
+    cases = made_cases(exits, sets)
+    costs = [
+        sum(segments[: list(exits).index(case.exit) + 1])
+        + sum(
+            heads[list(exits).index(name)] for name in case.kept[: case.kept.index(case.exit) + 1]
+        )
+        for case in cases
+    ]
+    dissection = None
+    if handover is not None:
+        seen = [
+            SegmentCost(
+                exit=name, load_ns=10**6, first_ns=10**5, memory_bytes=4096, handover_ns=handover
             )
+            for name in exits
+        ]
+        dissection = Dissection(preprocess_ns=2e3, after_idle_ns=10**6, segments=tuple(seen))
+    made = []
+    for process in range(processes):
+        luck = 1 + drift * rng.normal(size=len(cases))
+        values = [
+            (case, float(costs[case] * luck[case] * (1 + jitter * rng.normal())))
+            for _ in range(blocks)
+            for case in range(len(cases))
+        ]
+        made.append(
+            Process(
+                seed=seed + process,
+                began_ns=process * 10**9,
+                ended_ns=process * 10**9 + 9 * 10**8,
+                warmup_ns=((9, 8),) * len(cases),
+                settled=(1,) * len(cases),
+                blocks=tuple(
+                    Block(
+                        case=case,
+                        at_ns=process * 10**9 + k * 10**5,
+                        calls=10,
+                        mean_ns=value,
+                        cpu_ns=value,
+                        yardstick_ns=20e3,
+                        calls_ns=(round(value),) * 5,
+                    )
+                    for k, (case, value) in enumerate(values)
+                ),
+                dissection=dissection,
+            )
+        )
+    facts: dict[str, object] = {
+        "mode": Mode(),
+        "runtime": "none",
+        "delegate": None,
+        "precision": 0.02,
+        "machine": {},
+        "verdict": Verdict(status=CLEAN),
+        **more,
+    }
     return Profile(
         device=device,
         bundle_digest=bundle_digest,
         bundle_name="made",
-        exits=EXITS,
-        runtime="none",
+        exits=tuple(exits),
         threads=1,
-        seed=0,
+        cores=(),
+        seed=seed,
+        time_cap_s=20.0,
         cases=tuple(cases),
-        before={},
-        after={},
+        processes=tuple(made),
+        before=Reading(at_ns=0),
+        after=Reading(at_ns=processes * 10**9),
+        **facts,  # type: ignore[arg-type]
     )
 
 
