@@ -8,6 +8,7 @@ In a tree the outputs of commands are files below commands/, named by command_fi
 """
 
 import os
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,9 @@ class Machine:
         """What the command *argv* prints; None if it is absent, fails or takes too long."""
         if not self.is_live:
             return self.text(command_file(argv))
+        # Looking is cheaper than a process that cannot start.
+        if not argv or shutil.which(argv[0]) is None:
+            return None
         try:
             done = subprocess.run(
                 list(argv),
