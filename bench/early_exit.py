@@ -18,8 +18,8 @@ from common import in_processes, options, save, spread
 def worker(path: Path, seed: int) -> dict[str, float]:
     from edgeexit import tune
     from edgeexit.bundle import load_bundle
-    from edgeexit.race import race
     from edgeexit.demo import contenders
+    from edgeexit.race import race
     from edgeexit.samples import find_set
 
     bundle = load_bundle(path)

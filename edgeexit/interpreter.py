@@ -220,3 +220,30 @@ def _try_out(data: bytes) -> int:
         sys.stdout.write(_one_line(error))
         return 3
     return 0
+
+
+def delegate(data: bytes) -> str | None:
+    """
+    Who computes the .tflite *data* here: "XNNPACK", "XNNPACK in part" or "built-in kernels".
+
+    None if this runtime does not say. XNNPACK has all of it when one delegate node reads the
+    inputs, writes the outputs and needs nothing that another node computes.
+    """
+    opened = open_interpreter(data)
+    inner = getattr(opened, "_inner", None)
+    if inner is None or not hasattr(inner, "NodeName"):
+        return None
+    nodes = range(inner.NumNodes())
+    taken = [k for k in nodes if inner.NodeName(k) == "DELEGATE"]
+    if not taken:
+        return "built-in kernels"
+    others = {int(i) for k in nodes if k not in taken for i in inner.NodeOutputs(k)}
+    reads = {int(i) for i in inner.NodeInputs(taken[0])}
+    writes = {int(i) for i in inner.NodeOutputs(taken[0])}
+    whole = (
+        len(taken) == 1
+        and set(map(int, inner.InputIndices())) <= reads
+        and set(map(int, inner.OutputIndices())) <= writes
+        and not reads & others
+    )
+    return "XNNPACK" if whole else "XNNPACK in part"

@@ -1,106 +1,112 @@
 """
-The measuring instrument: what it costs on this machine to leave at each exit.
+What it costs on one machine to leave at each exit: the raw values, and what follows from them.
 
-Callers see measure, Profile and Estimate. Each case is one set of kept exits and one exit of it,
-timed through the very call that `run` makes, in blocks that are interleaved at random, in
-several fresh processes. Raw block values are kept and statistics computed when asked for. The
-cost of a case is the geometric mean over processes of the median block: the ratio of two cases
-is then the mean of ratios within processes, in which a process's luck with memory cancels.
+Callers see Profile and Estimate. A profile holds what was timed, block by block and process by
+process, with what the machine was like meanwhile; edgeexit.instrument makes it and
+edgeexit.verdict judges it. Medians, intervals and ratios are computed when asked for and never
+stored instead of the values.
 """
 
-import itertools
-import json
-import math
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeexit import __version__, errors
-from edgeexit.bundle import Bundle
-from edgeexit.device import Device, environment, find_device, this_device
-from edgeexit.errors import BadFile, DeviceError, UsageError
+from edgeexit import __version__, intervals
+from edgeexit.blocks import (
+    NOT_CONVERGED,
+    Case,
+    Kept,
+    Mode,
+    Process,
+    Values,
+    Verdict,
+    reading_document,
+    reading_from,
+)
+from edgeexit.energy import Energy
+from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import Table, json_bytes, read_json, write_file
-from edgeexit.interpreter import runtime_name
+from edgeexit.state import Reading
 
-# 1: first version.
-FORMAT = 1
-
-ALL_SUBSETS_UP_TO = 4
-_REPLICATES = 1000
-_PACKAGE_HOME = Path(__file__).resolve().parent.parent
-
-Kept = tuple[str, ...]
-Step = Callable[[float], object]
+# 1: first version: medians of blocks, nothing about the machine but before and after.
+# 2: processes with warm-up, single calls, yardstick, CPU time, readings; mode, energy, verdict.
+FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A latency in ns (or a ratio) with its 95 % bootstrap interval."""
+    """A latency in ns, an energy in mJ, or a ratio, with its 95 % bootstrap interval."""
 
     value: float
     low: float
     high: float
 
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """
-    Leaving at *exit* of the bundle cut down to the *kept* exits.
-
-    One entry for each process: blocks_ns holds ns per call of each block, in the order of the
-    rounds; warmup_ns the first calls one by one; calls how many calls a block has.
-    """
-
-    kept: Kept
-    exit: str
-    warmup_ns: tuple[tuple[int, ...], ...]
-    calls: tuple[int, ...]
-    blocks_ns: tuple[tuple[float, ...], ...]
-
-    @cached_property
-    def value_ns(self) -> float:
-        """Nanoseconds a call: the geometric mean over processes of the median block."""
-        return float(np.exp(np.mean([math.log(np.median(b)) for b in self.blocks_ns])))
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width as a share of the value (0.01: plus or minus 1 %)."""
+        return (self.high - self.low) / 2 / self.value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """Measured costs of one bundle on one device, with what the machine was like."""
+    """
+    Measured costs of one bundle on one device, with what the machine was like.
+
+    *runtime* is the TFLite runtime and version, *delegate* whether XNNPACK took the graph (None
+    if it does not say), *cores* those the processes were pinned to (empty: not pinned).
+    *precision* is the half-width that was asked for. *machine* holds facts of this machine,
+    before and after its state. *emulated* says why times mean nothing for the device.
+    """
 
     device: str
     bundle_digest: str
     bundle_name: str
     exits: tuple[str, ...]
+    mode: Mode
     runtime: str
+    delegate: str | None
     threads: int
+    cores: tuple[int, ...]
     seed: int
+    precision: float
+    time_cap_s: float
     cases: tuple[Case, ...]
-    before: Mapping[str, Any]
-    after: Mapping[str, Any]
+    processes: tuple[Process, ...]
+    machine: Mapping[str, Any]
+    before: Reading
+    after: Reading
+    emulated: str | None = None
+    energy: Energy | None = None
+    energy_failure: str | None = None
+    verdict: Verdict = field(default_factory=lambda: Verdict(status=NOT_CONVERGED))
+    measured_at: str = ""
     made_by: str = __version__
 
     def case(self, kept: Sequence[str], exit: str) -> Case | None:
         """The case that leaves at *exit* of the *kept* exits, None if it was not measured."""
-        wanted = (tuple(kept), exit)
-        return next((c for c in self.cases if (c.kept, c.exit) == wanted), None)
+        return self._places.get((tuple(kept), exit))
+
+    @cached_property
+    def _places(self) -> dict[tuple[Kept, str], Case]:
+        return {pair: case for case in self.cases for pair in case.stands_for}
 
     def kept_sets(self) -> list[Kept]:
-        """All sets of kept exits that were measured, in file order."""
-        return list(dict.fromkeys(case.kept for case in self.cases))
+        """All sets of kept exits of which every exit was measured, largest first."""
+        found: dict[Kept, set[str]] = {}
+        for kept, exit in self._places:
+            found.setdefault(kept, set()).add(exit)
+        whole = [kept for kept, exits in found.items() if exits == set(kept)]
+        order = {name: k for k, name in enumerate(self.exits)}
+        return sorted(whole, key=lambda kept: (-len(kept), [order[name] for name in kept]))
 
     def costs_ns(self, kept: Sequence[str]) -> list[float] | None:
         """Nanoseconds to leave at each of the *kept* exits, None if one was not measured."""
         found = [self.case(kept, name) for name in kept]
-        return None if None in found else [case.value_ns for case in found if case is not None]
+        return None if None in found else [self.value_ns(case) for case in found if case]
 
     @property
     def full(self) -> Case:
@@ -110,77 +116,131 @@ class Profile:
             raise BadFile(f"profile of {self.bundle_name}: the final exit alone was not measured")
         return found
 
+    def blocks_ns(self, case: Case) -> list[Values]:
+        """Nanoseconds a call of the blocks of *case*, one array for each process."""
+        place = self.cases.index(case)
+        return [process.values(place) for process in self.processes]
+
+    def value_ns(self, case: Case) -> float:
+        """Nanoseconds a call: the median of block means, every process weighing the same."""
+        return intervals.pooled_median(self.blocks_ns(case))
+
     def latency(self, case: Case) -> Estimate:
         """Nanoseconds a call of *case*."""
-        low, high = np.exp(_interval([_draws([case], self.seed)[0]]))
-        return Estimate(value=case.value_ns, low=float(low), high=float(high))
+        low, high = self._interval(self._replicates[self.cases.index(case)])
+        return Estimate(value=self.value_ns(case), low=low, high=high)
 
     def share(self, case: Case, of: Case) -> Estimate:
-        """The cost of *case* as a share of that of *of*, process by process and round by round."""
-        ours, theirs = _draws([case, of], self.seed)
-        low, high = np.exp(_interval([ours - theirs]))
-        return Estimate(value=case.value_ns / of.value_ns, low=float(low), high=float(high))
+        """The cost of *case* as a share of that of *of*, paired process by process."""
+        ours, theirs = (self._replicates[self.cases.index(which)] for which in (case, of))
+        low, high = self._interval(ours / theirs)
+        return Estimate(value=self.value_ns(case) / self.value_ns(of), low=low, high=high)
+
+    def in_yardsticks(self, case: Case) -> float:
+        """The cost of *case* in turns of the yardstick loop that ran beside it."""
+        place = self.cases.index(case)
+        return intervals.pooled_median([process.ratios(place) for process in self.processes])
+
+    def tail(self, case: Case, quantile: float) -> Estimate | None:
+        """The *quantile* (0.95, 0.99) of single calls in ns; None if there are too few."""
+        place = self.cases.index(case)
+        calls = [
+            np.concatenate([b.calls_ns for b in p.blocks if b.case == place] or [np.empty(0)])
+            for p in self.processes
+        ]
+        found = intervals.quantile_interval(calls, quantile)
+        return None if found is None else Estimate(value=found[0], low=found[1], high=found[2])
+
+    @cached_property
+    def _replicates(self) -> Values:
+        """Bootstrap replicates of each case, float64 (cases, replicates), drawn together."""
+        return intervals.replicates([self.blocks_ns(case) for case in self.cases], seed=self.seed)
+
+    def _interval(self, replicates: Values) -> tuple[float, float]:
+        return intervals.interval(replicates, len(self.processes))
 
     def to_document(self) -> dict[str, Any]:
         """The profile as a JSON object."""
         return {
             "format": FORMAT,
             "made_by": self.made_by,
+            "measured_at": self.measured_at,
             "device": self.device,
             "bundle": self.bundle_digest,
             "bundle_name": self.bundle_name,
             "exits": list(self.exits),
+            "verdict": self.verdict.to_document(),
+            "mode": asdict(self.mode),
             "runtime": self.runtime,
+            "delegate": self.delegate,
             "threads": self.threads,
+            "cores": list(self.cores),
             "seed": self.seed,
-            "environment": {"before": dict(self.before), "after": dict(self.after)},
-            "cases": [
-                {
-                    "kept": list(case.kept),
-                    "exit": case.exit,
-                    "calls": list(case.calls),
-                    "warmup_ns": [list(values) for values in case.warmup_ns],
-                    "blocks_ns": [list(values) for values in case.blocks_ns],
-                }
-                for case in self.cases
-            ],
+            "precision": self.precision,
+            "time_cap_s": self.time_cap_s,
+            "emulated": self.emulated,
+            "machine": dict(self.machine),
+            "before": reading_document(self.before),
+            "after": reading_document(self.after),
+            "cases": [case.to_document() for case in self.cases],
+            "processes": [process.to_document() for process in self.processes],
+            "energy": None if self.energy is None else self.energy.to_document(),
+            "energy_failure": self.energy_failure,
         }
 
     @classmethod
     def from_document(cls, table: Table) -> "Profile":
         """Read what to_document wrote. BadFile names the key that is wrong."""
+        if table.values.get("format") == 1:
+            raise BadFile(
+                f"{table.where}: format: 1 says nothing about the machine, expected {FORMAT}",
+                hint="measure again with: edgeexit profile",
+            )
         table.expect_format(FORMAT)
-        table.only(
-            *("format", "made_by", "device", "bundle", "bundle_name", "exits", "runtime"),
-            *("threads", "seed", "environment", "cases"),
-        )
-        state = table.table("environment")
+        table.only(*_KEYS)
+        cases = tuple(Case.from_document(entry) for entry in table.tables("cases"))
+        energy, mode = table.values.get("energy"), table.table("mode")
+        mode.only("name", "rate_hz")
         profile = cls(
             device=table.get("device", str),
             bundle_digest=table.get("bundle", str),
             bundle_name=table.get("bundle_name", str),
             exits=tuple(table.list_of("exits", str)),
+            mode=_mode(mode),
             runtime=table.get("runtime", str),
+            delegate=_optional(table, "delegate"),
             threads=table.get("threads", int),
+            cores=tuple(table.list_of("cores", int)),
             seed=table.get("seed", int),
-            cases=tuple(_case(entry) for entry in table.tables("cases")),
-            before=state.table("before").values,
-            after=state.table("after").values,
+            precision=table.get("precision", float),
+            time_cap_s=table.get("time_cap_s", float),
+            cases=cases,
+            processes=tuple(
+                Process.from_document(entry, len(cases)) for entry in table.tables("processes")
+            ),
+            machine=table.table("machine").values,
+            before=reading_from(table.table("before")),
+            after=reading_from(table.table("after")),
+            emulated=_optional(table, "emulated"),
+            energy=None if energy is None else Energy.from_document(table.table("energy")),
+            energy_failure=_optional(table, "energy_failure"),
+            verdict=Verdict.from_document(table.table("verdict")),
+            measured_at=table.get("measured_at", str),
             made_by=table.get("made_by", str),
         )
-        known = [kept for kept in profile.kept_sets() if not set(kept) <= set(profile.exits)]
-        if (
-            not profile.exits
-            or known
-            or profile.case(profile.exits[-1:], profile.exits[-1]) is None
-        ):
-            raise BadFile(f"{table.where}: cases: do not fit the exits {list(profile.exits)}")
-        if len({len(case.blocks_ns) for case in profile.cases}) != 1 or profile.seed < 0:
-            raise BadFile(f"{table.where}: cases: different numbers of processes")
-        for process in range(len(profile.cases[0].blocks_ns)):
-            if len({len(case.blocks_ns[process]) for case in profile.cases}) != 1:
-                raise BadFile(f"{table.where}: cases: different numbers of rounds")
+        profile._check(table.where)
         return profile
+
+    def _check(self, where: str) -> None:
+        pairs = [pair for case in self.cases for pair in case.stands_for]
+        strange = [kept for kept, _ in pairs if not set(kept) <= set(self.exits)]
+        alone = (self.exits[-1:], self.exits[-1]) if self.exits else None
+        if strange or alone not in pairs or len(set(pairs)) < len(pairs):
+            raise BadFile(f"{where}: cases: do not fit the exits {list(self.exits)}")
+        if not self.processes:
+            raise BadFile(f"{where}: processes: expected at least one")
+        if not 0 <= self.seed < 1 << 32 or self.threads < 1 or not 0 < self.precision < 1:
+            raise BadFile(f"{where}: seed, threads or precision: out of range")
 
     def save(self, path: Path | str) -> None:
         """Write the profile durably to the JSON file *path*."""
@@ -192,200 +252,21 @@ class Profile:
         return cls.from_document(read_json(Path(path)))
 
 
-def _case(table: Table) -> Case:
-    table.only("kept", "exit", "calls", "warmup_ns", "blocks_ns")
-    blocks = _rows(table, "blocks_ns")
-    case = Case(
-        kept=tuple(table.list_of("kept", str)),
-        exit=table.get("exit", str),
-        calls=tuple(table.list_of("calls", int)),
-        warmup_ns=tuple(tuple(map(int, row)) for row in _rows(table, "warmup_ns")),
-        blocks_ns=blocks,
-    )
-    if case.exit not in case.kept:
-        raise BadFile(f"{table.where}: exit: {case.exit!r} is not among the kept exits")
-    if not blocks or not len(blocks) == len(case.calls) == len(case.warmup_ns):
-        raise BadFile(f"{table.where}: expected one entry for each process, at least one")
-    return case
+_KEYS = (
+    *("format", "made_by", "measured_at", "device", "bundle", "bundle_name", "exits"),
+    *("verdict", "mode", "runtime", "delegate", "threads", "cores", "seed", "precision"),
+    *("time_cap_s", "emulated", "machine", "before", "after", "cases", "processes"),
+    *("energy", "energy_failure"),
+)
 
 
-def _rows(table: Table, key: str) -> tuple[tuple[float, ...], ...]:
-    """Lists of positive numbers; 1e999 reads as infinity and is refused."""
-    rows = []
-    for index, row in enumerate(table.list_of(key, list)):
-        place = f"{table.where}.{key}[{index}]"
-        values = Table({"values": row}, place).list_of("values", float)
-        if not values or not all(0 < value < 1e15 for value in values):
-            raise BadFile(f"{place}: expected nanoseconds, each more than 0")
-        rows.append(tuple(values))
-    return tuple(rows)
+def _optional(table: Table, key: str) -> str | None:
+    return None if table.values.get(key) is None else table.get(key, str)
 
 
-# ---------------------------------------------------------------- statistics
-
-
-def _draws(cases: Sequence[Case], seed: int) -> list[NDArray[np.float64]]:
-    """
-    Bootstrap replicates, float64 (_REPLICATES,), of the logarithm of each case's value.
-
-    Processes are drawn anew, then rounds within each drawn one; all *cases* see the same draws,
-    so that differences of their replicates are paired.
-    """
-    rng = np.random.default_rng(seed)
-    processes = len(cases[0].blocks_ns)
-    rounds = [len(blocks) for blocks in cases[0].blocks_ns]
-    totals = [np.zeros(_REPLICATES) for _ in cases]
-    for _ in range(processes):
-        drawn = rng.integers(0, processes, _REPLICATES)
-        for process in range(processes):
-            mine = np.flatnonzero(drawn == process)
-            picks = rng.integers(0, rounds[process], (len(mine), rounds[process]))
-            for total, case in zip(totals, cases, strict=True):
-                blocks = np.asarray(case.blocks_ns[process])
-                total[mine] += np.log(np.median(blocks[picks], axis=1)) / processes
-    return totals
-
-
-def _interval(draws: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    return np.percentile(draws[0], [2.5, 97.5])
-
-
-# ---------------------------------------------------------------- measuring
-
-
-def kept_sets(exits: Sequence[str]) -> list[Kept]:
-    """
-    The sets of kept exits that a profile measures.
-
-    Up to four exits: every subset, those without the final exit being smaller static or
-    truncated networks. More exits: all of them, and each single one.
-    """
-    if len(exits) > ALL_SUBSETS_UP_TO:
-        return [tuple(exits), *((name,) for name in exits)]
-    sizes = range(len(exits), 0, -1)
-    return [kept for size in sizes for kept in itertools.combinations(exits, size)]
-
-
-def check_device(name: str) -> Device:
-    """The device *name*, if this machine is it; "host" fits any. DeviceError otherwise."""
-    device = find_device(name)
-    here = this_device()
-    if device.name not in (here, "host"):
-        raise DeviceError(
-            f"device {device.name!r}: this machine is {here!r}, and measuring on another machine "
-            "is not in this version",
-            hint=f"run the same command on the {device.title}, and copy its profile here",
-        )
-    return device
-
-
-def measure(
-    bundle: Bundle,
-    device: str = "host",
-    *,
-    threads: int = 1,
-    processes: int = 3,
-    rounds: int = 40,
-    block_ms: float = 10.0,
-    time_cap_s: float = 20.0,
-    seed: int = 0,
-    sets: Sequence[Kept] | None = None,
-    on_step: Step | None = None,
-) -> Profile:
-    """
-    Measure *bundle* on this machine, which must be the *device*.
-
-    *sets* are the sets of kept exits (default: kept_sets of its exits, which tune needs).
-    *rounds* blocks of *block_ms* for each case in each of *processes*; all together stop soon
-    after *time_cap_s*, but not before three rounds each. *on_step* is called between rounds with
-    the share that is done (0..1). DeviceError if the machine is another or a process fails.
-    """
-    name = check_device(device).name
-    if processes < 1 or rounds < 1 or threads < 1 or not block_ms > 0 or not time_cap_s > 0:
-        raise UsageError("processes, rounds, threads, block_ms, time_cap_s: expected above 0")
-    wanted = kept_sets(bundle.exits) if sets is None else sets
-    cases = [(kept, exit) for kept in wanted for exit in kept]
-    plan = {
-        "bundle": str(bundle.path.resolve()),
-        "cases": [{"kept": kept, "exit": exit} for kept, exit in cases],
-        "threads": threads,
-        "rounds": rounds,
-        "block_ms": block_ms,
-        "time_cap_s": time_cap_s / processes,
-    }
-    before = environment()
-    warmups: list[Sequence[Sequence[int]]] = []
-    calls: list[Sequence[int]] = []
-    blocks: list[list[Sequence[float]]] = []
-    for process in range(processes):
-        made: list[Sequence[float]] = []
-        for line in _child({**plan, "seed": seed + process}):
-            if "ready" in line:
-                warmups.append(line["ready"]["warmup_ns"])
-                calls.append(line["ready"]["calls"])
-            else:
-                made.append(line["round"])
-            if on_step is not None:
-                on_step((process + min(1.0, len(made) / rounds)) / processes)
-        blocks.append(made)
-    return Profile(
-        device=name,
-        bundle_digest=bundle.digest,
-        bundle_name=bundle.name,
-        exits=bundle.exits,
-        runtime=runtime_name(),
-        threads=threads,
-        seed=seed,
-        cases=tuple(
-            Case(
-                kept=kept,
-                exit=exit,
-                warmup_ns=tuple(tuple(w[k]) for w in warmups),
-                calls=tuple(c[k] for c in calls),
-                blocks_ns=tuple(tuple(row[k] for row in made) for made in blocks),
-            )
-            for k, (kept, exit) in enumerate(cases)
-        ),
-        before=before,
-        after=environment(),
-    )
-
-
-def _child(plan: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines of one fresh timing process; its refusals are raised here."""
-    # -P: the current folder's modules must not be imported. A checkout that is not installed is
-    # found through PYTHONPATH.
-    paths = os.pathsep.join(filter(None, [str(_PACKAGE_HOME), os.environ.get("PYTHONPATH", "")]))
-    with tempfile.TemporaryFile() as complaints:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgeexit.timing"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            env={**os.environ, "PYTHONPATH": paths},
-        )
-        assert child.stdin is not None
-        assert child.stdout is not None
-        rounds = 0
-        try:
-            with child.stdin as pipe:
-                pipe.write(json.dumps(plan).encode())
-            with child.stdout as lines:
-                for text in lines:
-                    line = json.loads(text)
-                    if "failed" in line:
-                        kind, message, hint = line["failed"]
-                        raise getattr(errors, kind, DeviceError)(message, hint=hint)
-                    rounds += "round" in line
-                    yield line
-            code = child.wait()
-        except (BrokenPipeError, ValueError):
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        if code != 0 or rounds == 0:
-            complaints.seek(0)
-            last = complaints.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise DeviceError(f"the timing process ended with code {code}: {''.join(last)[:200]}")
+def _mode(table: Table) -> Mode:
+    rate = None if table.values.get("rate_hz") is None else table.get("rate_hz", float)
+    try:
+        return Mode(name=table.get("name", str), rate_hz=rate)
+    except UsageError as error:
+        raise BadFile(f"{table.where}: {error}") from error

@@ -19,7 +19,7 @@ from edgeexit.errors import BadFile, Busy, EdgeExitError, UsageError  # noqa: E4
 from edgeexit.host.checkpoint import load_checkpoint  # noqa: E402
 from edgeexit.host.feed import split_holdout, to_input  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
-from edgeexit.host.locks import hold, is_held  # noqa: E402
+from edgeexit.locks import hold, is_held  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.prune.engine import Progress  # noqa: E402
 from edgeexit.host.study import trial  # noqa: E402

@@ -26,7 +26,7 @@ COMMANDS = {
     "prune": "make a trained network smaller, its exits attached",
     "search": "try many ways to prune, and keep the best ones",
     "convert": "turn a checkpoint into a bundle of int8 segments",
-    "profile": "measure the latency of each exit on a device",
+    "profile": "measure latency and energy of each exit on a device",
     "tune": "choose exits and thresholds from measurements",
     "run": "classify, stopping at the first exit that is sure enough",
     "evaluate": "measure accuracy, exit rates and latency on labelled samples",
@@ -203,6 +203,18 @@ def finite(context: click.Context, option: click.Parameter, value: float | None)
     if value is not None and not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a finite number.", context, option)
     return value
+
+
+def percentage(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """Callback of an option: "1%" and "0.01" are both 0.01."""
+    if value is None:
+        return None
+    text = value.strip()
+    try:
+        number = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither 1% nor 0.01.", context, option) from None
+    return finite(context, option, number)
 
 
 def progress(*args: Any, **kwargs: Any) -> Any:

@@ -1,39 +1,74 @@
 """`edgeexit profile`: measure what each exit costs on this machine."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
-from edgeexit.cli import finite, progress
+from edgeexit.cli import finite, percentage
 
 
-@click.command("profile", short_help="measure the latency of each exit on a device")
+@click.command("profile", short_help="measure latency and energy of each exit on a device")
 @click.argument("bundle_path", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--device", "device_name", help="a name from devices/ (default: what this machine is)"
 )
-@click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 256))
-@click.option("--processes", default=3, show_default=True, type=click.IntRange(1, 100))
+@click.option(
+    "--mode",
+    default="burst",
+    show_default=True,
+    help="burst: back to back from a cold start; sustained: heated to a steady state first; "
+    "paced: one input at a time, see --rate",
+)
+@click.option("--rate", type=float, callback=finite, help="inputs a second in paced mode (5)")
+@click.option("--threads", type=click.IntRange(1, 256), help="default: the device's, else 1")
+@click.option("--cores", help="cores to use, such as 4-7 or 0,2 (default: the device's, else any)")
+@click.option("--processes", default=10, show_default=True, type=int, help="fresh ones, at least 5")
+@click.option(
+    "--precision",
+    default="1%",
+    show_default=True,
+    callback=percentage,
+    help="half-width of the intervals at which enough is measured",
+)
 @click.option(
     "--time-cap",
     "time_cap_s",
-    default=20.0,
+    default=50.0,
     show_default=True,
-    type=click.FloatRange(0.1, 86400),
+    type=float,
     callback=finite,
-    help="seconds of measuring, all processes together",
+    help="seconds of timing at most, all processes together",
 )
+@click.option(
+    "--meter",
+    default="none",
+    show_default=True,
+    help="also joules: KIND[:ADDR][,shunt=0.1], command:'...', ssh:HOST/..., see edgeexit meters",
+)
+@click.option("--resume", is_flag=True, help="go on with a measurement that was stopped")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="default: ./profile-DEVICE.json"
 )
+@click.option("--all", "everything", is_flag=True, help="a row for every set of kept exits too")
+@click.option("--html", type=click.Path(path_type=Path), help="also one page with plots")
 @click.option("--json", "as_json", is_flag=True, help="print the profile instead of a table")
 def command(
     bundle_path: Path | None,
     device_name: str | None,
-    threads: int,
+    mode: str,
+    rate: float | None,
+    threads: int | None,
+    cores: str | None,
     processes: int,
+    precision: float,
     time_cap_s: float,
+    meter: str,
+    resume: bool,
     output: Path | None,
+    everything: bool,
+    html: Path | None,
     as_json: bool,
 ) -> None:
     """
@@ -41,38 +76,76 @@ def command(
 
     \b
     edgeexit profile --device host
-    edgeexit profile fashion.edgeexit --threads 2 --processes 10 --time-cap 60
+    edgeexit profile fashion.edgeexit --mode sustained --threads 4 --time-cap 300
+    edgeexit profile --mode paced --rate 5 --meter ina219:0x40,shunt=0.1
+    edgeexit profile --resume              # after Ctrl-C, a crash or a full disk
 
-    Every set of exits that could be kept is cut out and timed through the call that `run`
-    makes; raw values go to ./profile-DEVICE.json. Leave the machine alone meanwhile.
+    Every set of exits that could pay is cut out and timed through the call that `run` makes;
+    raw values go to ./profile-DEVICE.json with a verdict: clean, or what was wrong. Leave the
+    machine alone meanwhile. Exit code 6: not clean; 5: the meter failed (latencies are kept).
     """
-    from edgeexit import device, names, profile, report
+    from edgeexit import device, instrument, names, report
+    from edgeexit.blocks import CLEAN, PACED, Mode
     from edgeexit.bundle import load_bundle
-    from edgeexit.files import json_bytes
+    from edgeexit.collect import Limits
+    from edgeexit.errors import DeviceError, Disturbed
+    from edgeexit.files import check_output, json_bytes, write_file
 
-    name = profile.check_device(device_name or device.this_device()).name
+    name = instrument.check_device(device_name or device.this_device())
+    kind = device.find_device(name)
     bundle = load_bundle(bundle_path or names.only_bundle_here())
-    done = 0
-    with progress(length=1000, label="profile") as bar:
-
-        def on_step(share: float) -> None:
-            nonlocal done
-            bar.update(int(share * 1000) - done)
-            done = int(share * 1000)
-
-        found = profile.measure(
+    path = output or Path(f"profile-{name}.json")
+    for target in filter(None, (path, html)):
+        check_output(target)
+    limits = Limits(processes=processes, precision=precision, time_cap_s=time_cap_s)
+    if mode == PACED and rate is None:
+        rate = 5.0
+    with _live(report.live_line) as show:
+        found = instrument.measure(
             bundle,
             name,
-            threads=threads,
-            processes=processes,
-            rounds=max(40, int(2 * time_cap_s)),
-            time_cap_s=time_cap_s,
-            on_step=on_step,
+            mode=Mode(name=mode, rate_hz=rate),
+            threads=threads or kind.threads or 1,
+            cores=device.core_list(cores) if cores is not None else kind.pin_cores,
+            limits=limits,
+            meter=None if meter == "none" else meter,
+            notebook=path.with_name(f"{path.name}.part"),
+            resume=resume,
+            on_step=show,
+            save=lambda profile: profile.save(path),
         )
-    path = output or Path(f"profile-{name}.json")
-    found.save(path)
+    if html is not None:
+        write_file(html, report.profile_page(found).encode())
     if as_json:
         click.echo(json_bytes(found.to_document()), nl=False)
-        return
-    click.echo(report.profile_table(found))
+    else:
+        click.echo(report.profile_table(found, everything=everything))
     click.echo(f"wrote {path}", err=True)
+    if found.energy_failure is not None:
+        raise DeviceError(found.energy_failure, hint="the latencies are kept; see: edgeexit meters")
+    if found.verdict.status != CLEAN:
+        raise Disturbed(
+            f"{path}: {found.verdict}",
+            hint="edgeexit doctor tells what can be mended; then measure again",
+        )
+
+
+class _live:  # noqa: N801
+    """One line on the terminal that is written anew between rounds; silent elsewhere."""
+
+    def __init__(self, line: Any) -> None:
+        self._line = line
+        self._is_shown = sys.stderr is not None and sys.stderr.isatty()
+        self._width = 0
+
+    def __enter__(self) -> Any:
+        return self._show if self._is_shown else None
+
+    def _show(self, progress: Any) -> None:
+        text = self._line(progress)[: click.get_current_context().terminal_width or 110]
+        click.echo("\r" + text.ljust(self._width), err=True, nl=False)
+        self._width = len(text)
+
+    def __exit__(self, *_: object) -> None:
+        if self._width:
+            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)

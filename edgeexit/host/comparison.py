@@ -13,7 +13,6 @@ from typing import Any
 from numpy.typing import NDArray
 
 from edgeexit.bundle import Bundle
-from edgeexit.race import Race, race
 from edgeexit.host.assess import (
     COLUMNS,
     Assessment,
@@ -26,6 +25,7 @@ from edgeexit.host.assess import (
     tail_hint,
 )
 from edgeexit.policy import Policy
+from edgeexit.race import Race, race
 from edgeexit.report import milliseconds, text_table
 from edgeexit.runtime import Runner
 

@@ -23,7 +23,7 @@ from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
 from edgeexit.host.graph import parameters
-from edgeexit.host.locks import hold
+from edgeexit.locks import hold
 from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.needs import needs
 from edgeexit.host.prune.phase import Facts

@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic
 
 from edgeexit.errors import Busy, EdgeExitError, storage
-from edgeexit.host.locks import is_held
+from edgeexit.locks import is_held
 from edgeexit.host.study.job import RESULT
 from edgeexit.host.study.trial import LOCK
 

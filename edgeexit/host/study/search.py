@@ -17,7 +17,7 @@ import optuna
 from optuna.trial import TrialState
 
 from edgeexit.errors import EdgeExitError, UsageError
-from edgeexit.host.locks import hold, is_held
+from edgeexit.locks import hold, is_held
 from edgeexit.host.study.executor import Running
 from edgeexit.host.study.folder import Row, Study, accuracy_and_cost
 from edgeexit.host.study.job import Result

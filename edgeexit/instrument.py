@@ -1,0 +1,330 @@
+"""
+The measuring instrument: from a bundle on this machine to a profile.
+
+Callers see measure and check_device. Latencies come first (edgeexit.collect says when there are
+enough), then joules if a meter was named; whatever is finished stands in a notebook, so that a
+stopped measurement goes on where it was. Between blocks, never within, the machine's state is read.
+"""
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgeexit.blocks import PACED, SUSTAINED, Case, Kept, Mode
+from edgeexit.bundle import Bundle
+from edgeexit.collect import Limits, Progress, Step, collect
+from edgeexit.device import HOST, find_device, this_device
+from edgeexit.energy import FEWEST_WINDOWS, IDLE, Energy, Trace, Window, window_s
+from edgeexit.errors import DeviceError, UsageError
+from edgeexit.interpreter import runtime_name
+from edgeexit.machine import Machine, this_machine
+from edgeexit.meters import Sample
+from edgeexit.notebook import Notebook
+from edgeexit.paths import paths
+from edgeexit.profile import Profile
+from edgeexit.sampler import Sampler
+from edgeexit.sitting import Child
+from edgeexit.state import Reading, emulation, machine_facts, read_state
+from edgeexit.verdict import judge
+
+_HEAT_STEP_S, _HEAT_WATCH_S, _HEAT_BLIND_S, _HEAT_CAP_S = 5.0, 30.0, 60.0, 300.0
+_STEADY_C = 1.0
+_FEEL_NS = 500_000_000
+
+
+def check_device(name: str, machine: Machine | None = None) -> str:
+    """The device *name*, if this machine is it; "host" fits any. DeviceError otherwise."""
+    device = find_device(name)
+    here = this_device(machine or this_machine())
+    if device.name not in (here, HOST):
+        raise DeviceError(
+            f"device {device.name!r}: this machine is {here!r}, and measuring on another machine "
+            "is not in this version",
+            hint=f"run the same command on the {device.title}, and copy its profile here",
+        )
+    return device.name
+
+
+def measure(
+    bundle: Bundle,
+    device: str = HOST,
+    *,
+    mode: Mode | None = None,
+    threads: int = 1,
+    cores: Sequence[int] = (),
+    limits: Limits | None = None,
+    seed: int = 0,
+    sets: Sequence[Kept] | None = None,
+    meter: str | None = None,
+    notebook: Path | None = None,
+    resume: bool = False,
+    machine: Machine | None = None,
+    on_step: Step | None = None,
+    save: Callable[[Profile], object] | None = None,
+) -> Profile:
+    """
+    Measure *bundle* on this machine, which must be the *device*.
+
+    *mode* says how inputs come (default: burst), *cores* which ones the timing processes may use
+    (empty: any), *sets* the sets of kept exits (default: paths.kept_sets, in paced mode all exits
+    and the final one alone). *meter* is a spec as meters.open_meter takes it; joules are measured
+    behind the latencies, for every exit of the full set and the network without exits. With
+    *notebook* finished blocks go to that file, from which *resume* goes on; it is removed when
+    *save* has been given the profile. *on_step* is called between rounds. A meter that fails
+    leaves a profile with energy_failure; its verdict says whether a profile can be trusted.
+
+    DeviceError if the machine is another or a process fails, UsageError for senseless arguments,
+    Busy if the notebook is in use, StorageError if it cannot be written.
+    """
+    machine, mode, limits = machine or this_machine(), mode or Mode(), limits or Limits()
+    name = check_device(device, machine)
+    if threads < 1 or not 0 <= seed < 1 << 32:
+        raise UsageError("threads: expected at least 1; seed: expected 0 .. 2**32 - 1")
+    _check_cores(cores)
+    if sets is None and mode.name == PACED:
+        sets = [bundle.exits]
+    cases = paths(bundle, sets)
+    watched = [k for k, case in enumerate(cases) if _is_watched(case, bundle.exits)]
+    plan = {
+        "bundle": str(bundle.path.resolve()),
+        "cases": [case.to_document() for case in cases],
+        "threads": threads,
+        "cores": list(cores),
+        "block_ms": limits.block_ms,
+        "rate_hz": mode.rate_hz,
+        "dissect": True,
+        "seed": seed,
+    }
+    identity = {
+        **plan,
+        "bundle": bundle.digest,
+        "device": name,
+        "mode": mode.name,
+        "runtime": runtime_name(),
+        "meter": meter,
+    }
+    feel = _Feel(machine)
+    with ExitStack() as stack:
+        book = None
+        if notebook is not None:
+            book = stack.enter_context(Notebook(notebook, identity, len(cases), resume=resume))
+        before = read_state(machine)
+        if book is not None and book.before is not None:
+            before = book.before
+        elif book is not None:
+            book.started(before)
+        delegate = book.delegate if book is not None else None
+
+        @contextmanager
+        def open_bench(process_seed: int) -> Iterator[Child]:
+            nonlocal delegate
+            with Child(plan) as child:
+                delegate = child.sitting.delegate
+                yield child
+
+        if mode.name == SUSTAINED:
+            with Child({**plan, "dissect": False}) as child:
+                _heat(child, feel, on_step)
+        finished = () if book is None else book.finished
+        processes = collect(
+            open_bench,
+            cases,
+            watched,
+            limits,
+            seed=seed,
+            feel=feel,
+            notebook=book,
+            finished=finished,
+            on_step=on_step,
+        )
+        energy, failure = None, None
+        if meter is not None:
+            try:
+                energy = _measure_energy(plan, meter, machine, name, watched, book, on_step)
+            except DeviceError as error:
+                failure = f"{error}"
+        found = Profile(
+            device=name,
+            bundle_digest=bundle.digest,
+            bundle_name=bundle.name,
+            exits=bundle.exits,
+            mode=mode,
+            runtime=runtime_name(),
+            delegate=delegate,
+            threads=threads,
+            cores=tuple(cores),
+            seed=seed,
+            precision=limits.precision,
+            time_cap_s=limits.time_cap_s,
+            cases=cases,
+            processes=tuple(processes),
+            machine=machine_facts(machine),
+            before=before,
+            after=read_state(machine),
+            emulated=emulation(machine),
+            energy=energy,
+            energy_failure=failure,
+            measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        found = replace(found, verdict=judge(found))
+        if save is not None:
+            save(found)
+        if book is not None:
+            book.remove()
+        return found
+
+
+def _is_watched(case: Case, exits: Sequence[str]) -> bool:
+    """Whether the case is an exit of the full set, or the network without exits."""
+    return any(kept in (tuple(exits), tuple(exits[-1:])) for kept, _ in case.stands_for)
+
+
+def _check_cores(cores: Sequence[int]) -> None:
+    usable = os.sched_getaffinity(0)
+    absent = sorted(set(cores) - usable)
+    if absent:
+        raise UsageError(
+            f"cores: {absent[0]} cannot be used here (can: {', '.join(map(str, sorted(usable)))})"
+        )
+
+
+class _Feel:
+    """The machine's state, read anew at most twice a second."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._next_ns = 0
+
+    def __call__(self) -> Reading | None:
+        if time.monotonic_ns() < self._next_ns:
+            return None
+        found = read_state(self._machine)
+        self._next_ns = time.monotonic_ns() + _FEEL_NS
+        return found
+
+
+def _heat(child: Child, feel: Callable[[], Reading | None], on_step: Step | None) -> None:
+    """
+    Work until the temperature rises by less than 1 C in half a minute, at most five minutes.
+
+    A machine without a thermometer is heated for a minute.
+    """
+    seen: list[float] = []
+    began = time.monotonic()
+    while (passed := time.monotonic() - began) < _HEAT_CAP_S:
+        child.heat(_HEAT_STEP_S)
+        reading = feel()
+        if reading is not None and reading.temperature_c is not None:
+            seen.append(reading.temperature_c)
+        if on_step is not None:
+            on_step(
+                Progress(
+                    what="heating",
+                    done=min(1.0, passed / _HEAT_CAP_S),
+                    left_s=_HEAT_CAP_S - passed,
+                    blocks=0,
+                    reading=reading,
+                    exits=None,
+                )
+            )
+        if not seen and passed >= _HEAT_BLIND_S:
+            return
+        back = round(_HEAT_WATCH_S / _HEAT_STEP_S)
+        if len(seen) > back and seen[-1] - seen[-1 - back] < _STEADY_C:
+            return
+
+
+def _measure_energy(
+    plan: Mapping[str, Any],
+    meter: str,
+    machine: Machine,
+    device: str,
+    watched: Sequence[int],
+    book: Notebook | None,
+    on_step: Step | None,
+) -> Energy:
+    """
+    Windows of each watched case in a random order, round by round, an idle one around each round.
+
+    What an earlier, stopped measurement finished is used if the machine was not started anew
+    since. DeviceError if the meter fails, or cannot serve windows of calls.
+    """
+    rate_hz: float | None = plan["rate_hz"]
+    order = random.Random(plan["seed"])
+    with ExitStack() as stack:
+        sampler = stack.enter_context(Sampler(meter, machine.root, device, plan["cores"]))
+        child = stack.enter_context(Child({**plan, "dissect": False}))
+        seconds = max(window_s(sampler.info.rate_hz), 5 / rate_hz if rate_hz else 0.0)
+        rounds = _earlier_rounds(book)
+        total = FEWEST_WINDOWS * (len(watched) + 1) + 1
+
+        def window(case: int) -> Window:
+            found = child.window(case, seconds)
+            made = sum(len(windows) for windows, _ in rounds)
+            if on_step is not None:
+                on_step(
+                    Progress(
+                        what="energy",
+                        done=min(1.0, made / total),
+                        left_s=max(0, total - made) * seconds,
+                        blocks=made,
+                        reading=None,
+                        exits=None,
+                    )
+                )
+            return found
+
+        while len(rounds) < FEWEST_WINDOWS:
+            windows = [window(IDLE)]
+            windows += [window(case) for case in order.sample(list(watched), len(watched))]
+            rounds.append((windows, sampler.samples_between(*_span(windows))))
+            if book is not None:
+                book.energy(_round_document(*rounds[-1]))
+        last = [window(IDLE)]
+        rounds.append((last, sampler.samples_between(*_span(last))))
+        # Samples at the edges belong to two rounds.
+        samples = {sample.at_ns: sample for _, found in rounds for sample in found}
+        return Energy(
+            info=sampler.info,
+            trace=Trace.of(samples[at_ns] for at_ns in sorted(samples)),
+            windows=tuple(window for windows, _ in rounds for window in windows),
+            sampler_share=sampler.cpu_share,
+            pace_hz=rate_hz,
+        )
+
+
+_Round = tuple[list[Window], Sequence[Sample]]
+
+
+def _span(windows: Sequence[Window]) -> tuple[int, int]:
+    return windows[0].began_ns, windows[-1].ended_ns
+
+
+def _round_document(windows: Sequence[Window], samples: Sequence[Sample]) -> dict[str, Any]:
+    return {
+        "windows": [asdict(window) for window in windows],
+        "samples": [[s.at_ns, s.power_mw, s.energy_mj] for s in samples],
+    }
+
+
+def _earlier_rounds(book: Notebook | None) -> list[_Round]:
+    """The rounds in the notebook; none if the machine's clock has begun anew since."""
+    rounds: list[_Round] = []
+    for table in () if book is None else book.energy_lines:
+        windows = [
+            Window(**{name: entry.get(name, int) for name in Window.__dataclass_fields__})
+            for entry in table.tables("windows")
+        ]
+        samples = []
+        for row in table.list_of("samples", list):
+            at_ns, power_mw, energy_mj = row
+            samples.append(Sample(at_ns=at_ns, power_mw=power_mw, energy_mj=energy_mj))
+        rounds.append((windows, samples))
+    ends = [window.ended_ns for windows, _ in rounds for window in windows]
+    return rounds if all(end < time.monotonic_ns() for end in ends) else []
