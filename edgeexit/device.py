@@ -1,48 +1,61 @@
 """
-What a kind of board is, which one this machine is, and how it feels just now.
+What a kind of board is, and which one this machine is.
 
-Callers see find_device, this_device and environment. A board is one TOML in devices/ (its
+Callers see Device, find_device, this_device and identify. A board is one TOML in devices/ (its
 README holds the schema); this machine is the board whose pattern matches the firmware's model
-text, else "host". Everything is read below an injectable root, so that the files of a real
-board can be replayed elsewhere. A file that is not there is a null in the environment, never
-a guess.
+text, else "host". Every fact carries its source and whether somebody read it there. Nothing here
+says how fast a board is: that is measured.
 """
 
-import os
-import platform
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from edgeexit import __version__
+from edgeexit import machine as machines
 from edgeexit.errors import BadFile
 from edgeexit.files import Table, read_toml
+from edgeexit.machine import Machine
 from edgeexit.names import data_folder, unknown
 
 N = TypeVar("N", int, float)
 
 HOST = "host"
-_ROOT = Path("/")
-_MODEL = "proc/device-tree/model"
+NO_METER = "none"
+# 1: groups of facts, one source each. 2: one source for each fact; what measuring needs.
+FORMAT = 2
+_CORES = re.compile(r"([1-9]\d{0,2})x (\S.*)")
+_METER = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_MOST_THREADS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fact:
-    """Where a group of facts comes from; *verified* says that somebody read it there."""
+    """
+    One thing that is known of a board: its *value*, where it comes from, and a *note* or "".
 
+    *verified* says that somebody read the value in that source.
+    """
+
+    value: Any
     source: str
     verified: bool
+    note: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """
-    One kind of board, as described by its TOML.
+    One kind of board, as described by its TOML; what nobody stated is None or empty.
 
-    *models* are shell patterns for the text in /proc/device-tree/model. Watts are the whole
-    board's at its supply, idle and with all cores busy; None where nobody published them.
-    *facts* says for each group (cpu, memory, power) where its values come from.
+    *models* are shell patterns for the firmware's model text. *cores* lists kinds of cores in the
+    order of their numbers ("4x Cortex-A55", then "4x Cortex-A76"). Watts are the whole board's at
+    its supply: idle, with all cores busy, and what one more busy core adds. At *soft_limit_c* the
+    firmware lowers the clock a little, at *throttle_c* for good. *meter* is the kind of energy
+    sensor on the board, "none" if it has none. *pin* are the cores to measure on (empty: any) and
+    *threads* how many to use unless told otherwise. *facts* holds the source of every value.
     """
 
     name: str
@@ -55,49 +68,177 @@ class Device:
     ram_mb: tuple[int, ...] = ()
     idle_w: float | None = None
     busy_w: float | None = None
-    facts: dict[str, Fact]
+    core_w: float | None = None
+    soft_limit_c: float | None = None
+    throttle_c: float | None = None
+    meter: str | None = None
+    pin: tuple[int, ...] = ()
+    threads: int = 1
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Fact] = field(default_factory=dict)
 
     @classmethod
     def from_table(cls, table: Table) -> "Device":
         """The device that *table* describes. BadFile if a key is missing, unknown or wrong."""
-        table.only("format", "name", "title", "models", "cpu", "memory", "power")
-        table.expect_format(1)
-        facts: dict[str, Fact] = {}
-        cpu, memory, power = (
-            _group(table, "cpu", facts, "soc", "cores", "clock_mhz", "isa"),
-            _group(table, "memory", facts, "ram_mb"),
-            _group(table, "power", facts, "idle_w", "busy_w"),
-        )
-        return cls(
+        table.expect_format(FORMAT)
+        table.only(*("format", "name", "title", "models", "notes", "measure", "sources", "facts"))
+        facts = _facts(table)
+        values = {key: fact.value for key, fact in facts.items()}
+        measure = table.table("measure") if "measure" in table else Table({}, table.where)
+        measure.only("pin", "threads")
+        device = cls(
             name=table.get("name", str),
             title=table.get("title", str),
             models=tuple(table.list_of("models", str)),
-            soc=cpu.get("soc", str) if cpu else None,
-            cores=tuple(cpu.list_of("cores", str)) if cpu else (),
-            clock_mhz=_positive(cpu, "clock_mhz", int) if cpu else None,
-            isa=tuple(cpu.list_of("isa", str)) if cpu else (),
-            ram_mb=tuple(memory.list_of("ram_mb", int)) if memory else (),
-            idle_w=_positive(power, "idle_w", float) if power else None,
-            busy_w=_positive(power, "busy_w", float) if power else None,
+            notes=tuple(table.list_of("notes", str)) if "notes" in table else (),
+            pin=tuple(measure.list_of("pin", int)) if "pin" in measure else (),
+            threads=measure.find("threads", int, 1),
             facts=facts,
+            **values,
         )
+        _check(device, table.where)
+        return device
+
+    @property
+    def core_count(self) -> int | None:
+        """How many cores the board has, all kinds together."""
+        return sum(int(text.partition("x")[0]) for text in self.cores) or None
+
+    @property
+    def modelled_core_w(self) -> float | None:
+        """
+        Watts that one busy core adds: as stated, else the step from idle to busy by all cores.
+
+        Of a board with two kinds of cores that is the mean of both kinds.
+        """
+        if self.core_w is not None:
+            return self.core_w
+        if self.idle_w is None or self.busy_w is None or self.core_count is None:
+            return None
+        return (self.busy_w - self.idle_w) / self.core_count
+
+    @property
+    def verified(self) -> int:
+        """How many of the facts somebody read in their source."""
+        return sum(fact.verified for fact in self.facts.values())
+
+    def to_document(self) -> dict[str, Any]:
+        """The device as a JSON object."""
+        return {
+            "name": self.name,
+            "title": self.title,
+            "models": list(self.models),
+            "measure": {"pin": list(self.pin), "threads": self.threads},
+            "facts": {
+                key: {
+                    "value": list(fact.value) if isinstance(fact.value, tuple) else fact.value,
+                    "source": fact.source,
+                    "verified": fact.verified,
+                    "note": fact.note,
+                }
+                for key, fact in self.facts.items()
+            },
+            "notes": list(self.notes),
+        }
 
 
-def _group(table: Table, key: str, facts: dict[str, Fact], *known: str) -> Table | None:
-    if key not in table:
-        return None
-    group = table.table(key)
-    group.only(*known, "source", "verified")
-    facts[key] = Fact(source=group.get("source", str), verified=group.get("verified", bool))
-    return group
+# ---------------------------------------------------------------- reading a TOML
 
 
-def _positive(table: Table, key: str, kind: type[N]) -> N:
-    value = table.get(key, kind)
+def _text(table: Table) -> str:
+    return table.get("value", str)
+
+
+def _texts(table: Table) -> tuple[str, ...]:
+    return tuple(table.list_of("value", str))
+
+
+def _cores(table: Table) -> tuple[str, ...]:
+    kinds = _texts(table)
+    for kind in kinds:
+        if not _CORES.fullmatch(kind):
+            raise BadFile(f"{table.where}.value: expected such as '4x Cortex-A72', found {kind!r}")
+    return kinds
+
+
+def _meter(table: Table) -> str:
+    kind = _text(table)
+    if not _METER.fullmatch(kind):
+        raise BadFile(f"{table.where}.value: expected a kind of meter or 'none', found {kind!r}")
+    return kind
+
+
+def _positive(value: N, where: str) -> N:
     # Written so that a NaN, which TOML can spell, is refused too.
     if not 0 < value < 1e9:
-        raise BadFile(f"{table.where}.{key}: expected a positive number, found {value}")
+        raise BadFile(f"{where}: expected a positive number, found {value}")
     return value
+
+
+def _whole(table: Table) -> int:
+    return _positive(table.get("value", int), f"{table.where}.value")
+
+
+def _wholes(table: Table) -> tuple[int, ...]:
+    return tuple(_positive(n, f"{table.where}.value") for n in table.list_of("value", int))
+
+
+def _number(table: Table) -> float:
+    return _positive(table.get("value", float), f"{table.where}.value")
+
+
+_FACTS: dict[str, Callable[[Table], Any]] = {
+    "soc": _text,
+    "cores": _cores,
+    "clock_mhz": _whole,
+    "isa": _texts,
+    "ram_mb": _wholes,
+    "idle_w": _number,
+    "busy_w": _number,
+    "core_w": _number,
+    "soft_limit_c": _number,
+    "throttle_c": _number,
+    "meter": _meter,
+}
+
+
+def _facts(table: Table) -> dict[str, Fact]:
+    if "facts" not in table:
+        return {}
+    listed = table.table("facts")
+    listed.only(*_FACTS)
+    sources = table.table("sources") if "sources" in table else Table({}, table.where)
+    facts = {}
+    for key in listed.values:
+        entry = listed.table(key)
+        entry.only("value", "source", "verified", "note")
+        value = _FACTS[key](entry)
+        source = entry.get("source", str)
+        if source not in sources:
+            have = ", ".join(sources.values) or "none"
+            raise BadFile(f"{entry.where}.source: {source!r} is not among [sources] (has: {have})")
+        facts[key] = Fact(
+            value=value,
+            source=sources.get(source, str),
+            verified=entry.get("verified", bool),
+            note=entry.find("note", str, ""),
+        )
+    return facts
+
+
+def _check(device: Device, where: str) -> None:
+    if not 1 <= device.threads <= _MOST_THREADS:
+        raise BadFile(f"{where}: measure.threads: expected 1 to {_MOST_THREADS}")
+    cores = device.core_count
+    if len(set(device.pin)) != len(device.pin) or any(
+        n < 0 or (cores is not None and n >= cores) for n in device.pin
+    ):
+        raise BadFile(f"{where}: measure.pin: expected different numbers of cores, from 0")
+    if device.idle_w is not None and device.busy_w is not None and device.busy_w <= device.idle_w:
+        raise BadFile(f"{where}: facts.busy_w: expected more than idle_w, {device.idle_w}")
+
+
+# ---------------------------------------------------------------- finding one
 
 
 def device_names() -> list[str]:
@@ -125,95 +266,49 @@ def find_device(name: str) -> Device:
     return device
 
 
-def board_model(root: Path = _ROOT) -> str | None:
-    """The firmware's text for this board's model, such as "Raspberry Pi 4 Model B Rev 1.4"."""
-    # The kernel ends the text with a NUL.
-    text = _text(root / _MODEL)
-    return text.strip("\0 \n") if text else None
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Identity:
+    """Which device a machine is: by which *pattern* its *model* text was known, if by any."""
+
+    name: str
+    model: str | None
+    pattern: str | None
+
+    @property
+    def why(self) -> str:
+        """The reason, in words."""
+        if self.model is None:
+            return "this machine has no model text"
+        if self.pattern is None:
+            return f"no board's pattern matches its model text, {self.model!r}"
+        return f"its model text, {self.model!r}, matches {self.pattern!r}"
 
 
-def this_device(root: Path = _ROOT) -> str:
-    """The name of the device that this machine is: a known board's, else "host"."""
-    model = board_model(root)
-    if model is None:
-        return HOST
-    for name in device_names():
-        if any(fnmatchcase(model, pattern) for pattern in find_device(name).models):
-            return name
-    return HOST
+def identify(machine: Machine | None = None) -> Identity:
+    """Which known board *machine* (default: this machine) is, and why; "host" if none."""
+    model = board_model(machines.this_machine() if machine is None else machine)
+    if model is not None:
+        for name in device_names():
+            for pattern in find_device(name).models:
+                if fnmatchcase(model, pattern):
+                    return Identity(name=name, model=model, pattern=pattern)
+    return Identity(name=HOST, model=model, pattern=None)
 
 
-def environment(root: Path = _ROOT) -> dict[str, object]:
-    """
-    What this machine is and how it feels now, ready for JSON; null where it does not say.
-
-    Keys: edgeexit, python, numpy, kernel, machine (versions and architecture), board, cpu,
-    cores, cores_usable, governor, clock_mhz, temperature_c, load_1m, memory_total_mb,
-    memory_available_mb.
-    """
-    import numpy as np
-
-    cpuinfo = _pairs(root / "proc/cpuinfo")
-    meminfo = _pairs(root / "proc/meminfo")
-    policy = root / "sys/devices/system/cpu/cpufreq/policy0"
-    clock_khz = _number(policy / "scaling_cur_freq")
-    loads = (_text(root / "proc/loadavg") or "").split()
-    return {
-        "edgeexit": __version__,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "kernel": platform.release(),
-        "machine": platform.machine(),
-        "board": board_model(root),
-        "cpu": cpuinfo.get("model name") or cpuinfo.get("CPU part"),
-        "cores": os.cpu_count(),
-        "cores_usable": len(os.sched_getaffinity(0)),
-        "governor": (_text(policy / "scaling_governor") or "").strip() or None,
-        "clock_mhz": clock_khz / 1e3 if clock_khz is not None else _float(cpuinfo.get("cpu MHz")),
-        "temperature_c": _temperature_c(root),
-        "load_1m": _float(loads[0]) if loads else None,
-        "memory_total_mb": _megabytes(meminfo.get("MemTotal")),
-        "memory_available_mb": _megabytes(meminfo.get("MemAvailable")),
-    }
+def this_device(machine: Machine | None = None) -> str:
+    """The name of the device that *machine* (default: this machine) is, "host" if none."""
+    return identify(machine).name
 
 
-def _temperature_c(root: Path) -> float | None:
-    """The hottest zone: boards differ in which one is the processor's."""
-    zones = (root / "sys/class/thermal").glob("thermal_zone*/temp")
-    readings = [value for value in map(_number, zones) if value is not None]
-    return max(readings) / 1e3 if readings else None
-
-
-def _text(path: Path) -> str | None:
-    # Sensors vanish, refuse and time out; all of it means "does not say".
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return None
-
-
-def _number(path: Path) -> float | None:
-    return _float(_text(path))
-
-
-def _float(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if abs(value) < 1e15 else None
-
-
-def _megabytes(text: str | None) -> float | None:
-    kilobytes = _float(text.split()[0]) if text and text.split() else None
-    return None if kilobytes is None else round(kilobytes / 1024)
-
-
-def _pairs(path: Path) -> dict[str, str]:
-    """The first value of every "key : value" line."""
-    pairs: dict[str, str] = {}
-    for line in (_text(path) or "").splitlines():
-        key, colon, value = line.partition(":")
-        if colon:
-            pairs.setdefault(key.strip(), value.strip())
-    return pairs
+def board_model(machine: Machine) -> str | None:
+    """The firmware's text for the board, such as "Raspberry Pi 4 Model B Rev 1.4"; a PC's name."""
+    text = machine.line("proc/device-tree/model")
+    if text is None:
+        # Containers hide the device tree; a Pi's kernel says it here, too.
+        found = re.search(r"^Model\s*: (.*\S)", machine.text("proc/cpuinfo") or "", re.MULTILINE)
+        text = found[1] if found else None
+    if text is None:
+        maker = machine.line("sys/class/dmi/id/sys_vendor")
+        product = machine.line("sys/class/dmi/id/product_name")
+        text = " ".join(filter(None, [maker, product])) or None
+    return text

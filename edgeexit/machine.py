@@ -75,10 +75,10 @@ class Machine:
         """What the command *argv* prints; None if it is absent, fails or takes too long."""
         if not self.is_live:
             return self.text(command_file(argv))
-        # Looking is cheaper than a process that cannot start.
-        if not argv or shutil.which(argv[0]) is None:
-            return None
         try:
+            # Looking is cheaper than a process that cannot start.
+            if not argv or shutil.which(argv[0]) is None:
+                return None
             done = subprocess.run(
                 list(argv),
                 stdin=subprocess.DEVNULL,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeexit import __version__
+from edgeexit.device import board_model
 from edgeexit.machine import ENVIRONMENT, Machine, finite
 
 _POLICIES = "sys/devices/system/cpu/cpufreq/policy*"
@@ -261,19 +262,6 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
         "numpy": _version("numpy"),
         "edgeexit": __version__,
     }
-
-
-def board_model(machine: Machine) -> str | None:
-    """The firmware's text for the board, such as "Raspberry Pi 4 Model B Rev 1.4"; a PC's name."""
-    text = machine.line("proc/device-tree/model")
-    if text is None:
-        # Containers hide the device tree; a Pi's kernel says it here, too.
-        text = _pairs(machine.text("proc/cpuinfo")).get("Model") or None
-    if text is None:
-        maker = machine.line("sys/class/dmi/id/sys_vendor")
-        product = machine.line("sys/class/dmi/id/product_name")
-        text = " ".join(filter(None, [maker, product])) or None
-    return text
 
 
 def _processor(blocks: list[dict[str, str]]) -> str | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.bundle import Bundle
-from edgeexit.device import environment, this_device
+from edgeexit.device import this_device
 from edgeexit.errors import UsageError
 from edgeexit.host.answers import RealSamples, spread
 from edgeexit.host.checkpoint import Checkpoint
@@ -26,11 +26,13 @@ from edgeexit.host.feed import to_input
 from edgeexit.host.graph import Graph, parameters
 from edgeexit.host.material import Material
 from edgeexit.host.model import exit_outputs
+from edgeexit.machine import this_machine
 from edgeexit.preprocess import Preprocess, real_values
 from edgeexit.profile import measure
 from edgeexit.report import milliseconds, text_table
 from edgeexit.runtime import Runner
 from edgeexit.samples import is_set, load_samples
+from edgeexit.state import machine_facts
 
 Interval = tuple[float, float, float]
 """A value with the ends of an interval around it."""
@@ -258,7 +260,7 @@ def assess(
     ]
     return Assessment(
         device=this_device(),
-        cpu=str(environment()["cpu"] or ""),
+        cpu=str(machine_facts(this_machine())["cpu"] or ""),
         samples=len(labels),
         macs=graph.macs(),
         parameters=parameters(model),

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from edgeexit.device import environment, this_device
+from edgeexit.device import this_device
 from edgeexit.errors import BadFile, Unsupported, UsageError
 from edgeexit.files import Table, json_bytes, read_json, write_file
 from edgeexit.host import layer_timing
@@ -30,7 +30,9 @@ from edgeexit.host.graph import Graph
 from edgeexit.host.layer_timing import Grid, affordable, timed
 from edgeexit.host.one_layer import Shape
 from edgeexit.interpreter import runtime_name
+from edgeexit.machine import this_machine
 from edgeexit.names import unknown
+from edgeexit.state import machine_facts
 
 # 1: first format.
 TABLE_FORMAT = 1
@@ -305,7 +307,7 @@ def measure_table(
     return LatencyTable(
         device=this_device(),
         runtime=runtime_name(),
-        environment=environment(),
+        environment=machine_facts(this_machine()),
         input_shape=tuple(input_shape),
         dispatch_ns=tuple(row[0] for row in rounds[0]),
         shapes=tuple(

@@ -197,7 +197,8 @@ class _Run:
     def _as_int8(self, found: Checkpoint, is_unpruned: bool) -> dict[str, Any]:
         """Accuracies by the files that would be deployed, and a race against the yardstick."""
         from edgeexit.bundle import load_bundle
-        from edgeexit.device import environment
+        from edgeexit.machine import this_machine
+        from edgeexit.state import machine_facts
 
         with tempfile.TemporaryDirectory() as scratch:
             if is_unpruned:
@@ -228,7 +229,7 @@ class _Run:
             "ms": ms,
             "yardstick_ms": yardstick_ms,
             "chain": chain,
-            "cpu": str(environment()["cpu"] or ""),
+            "cpu": str(machine_facts(this_machine())["cpu"] or ""),
         }
 
     def _bundle(self, found: Checkpoint, folder: Path) -> "Bundle":
