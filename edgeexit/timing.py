@@ -107,7 +107,7 @@ def warm_up(step: Call, samples: Samples) -> Warm:
     Nanoseconds of each of the first calls, and which of them was the first warm one.
 
     The very first opens the segments. Goes on until the rule of intervals.warm_from finds the
-    second half warm, at least 12 calls and 20 ms, at most 200 calls.
+    first warm call in the first third; at least 12 calls and 20 ms, at most 200 calls.
     """
     fewest, most = _WARMUP_CALLS
     found: list[int] = []
@@ -116,7 +116,7 @@ def warm_up(step: Call, samples: Samples) -> Warm:
         step(samples[len(found) % len(samples)])
         found.append(perf_counter_ns() - start)
         is_long = len(found) % fewest == 0 and sum(found[1:]) >= _WARMUP_NS
-        if is_long and intervals.warm_from(found) <= len(found) // 2:
+        if is_long and intervals.warm_from(found) <= len(found) // 3:
             break
     return tuple(found), intervals.warm_from(found)
 
