@@ -1,0 +1,363 @@
+"""
+Whether a profile can be trusted: clean, disturbed, not converged or emulated, and why.
+
+Callers see judge and unseen. Everything is concluded from the raw values that a profile holds,
+so that an old profile can be judged anew. Each rule is one function from a profile to reasons;
+every threshold stands at the top with the reason for it. A machine that does not say something
+(its clock, its temperature) cannot be found guilty of it: unseen lists what it kept to itself.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from edgeexit import intervals
+from edgeexit.blocks import (
+    CLEAN,
+    DISTURBED,
+    EMULATED,
+    NOT_CONVERGED,
+    PACED,
+    SUSTAINED,
+    Block,
+    Case,
+    Process,
+    Reason,
+    Verdict,
+)
+from edgeexit.errors import printable
+from edgeexit.profile import Profile
+from edgeexit.state import Reading
+
+# Bits of Reading.throttled: what is the case now; the same shifted: what ever was since boot.
+_THROTTLE_BITS = (
+    ("under-voltage", "the supply's voltage was too low (under-voltage)"),
+    ("frequency-capped", "the firmware capped the clock"),
+    ("throttled", "the processor was throttled"),
+    ("temperature-limit", "the soft temperature limit was active"),
+)
+_SINCE_BOOT = 16
+# Boards change their clock in steps of 100 MHz, 4.2 % of 2400; less is noise of the reading.
+_CLOCK_FALL = 0.04
+# A board that does nothing else spends 1 to 3 % of a core on its services. A tenth of a core
+# already shows in medians where cores share a cache, a memory bus or a power budget.
+_OTHER_LOAD = 0.10
+# Half a core for a second is a program at work; services wake up for less.
+_OTHER_BURST, _BURST_NS = 0.50, 1e9
+# What a hypervisor takes is missing in the blocks; below 2 % their medians are safe.
+_STEAL = 0.02
+# The share of time in which some program waited for a core. Without rivals it is below 1 %.
+_PRESSURE = 0.10
+# A thread that only computes is on its core for 99.9 % of a block; the timer's ticks take the rest.
+_OFF_CPU = 0.02
+# No scheduler lets a runnable process wait for as long as this: somebody stopped it. A block that
+# was stopped also stands out from its neighbours.
+_PAUSE_NS, _PAUSE_FACTOR = 100e6, 1.2
+# Kernels move a few idle pages out at any time; this much means that memory is short.
+_SWAP_MB = 16.0
+# Sustained claims a steady state; a Pi's sensor wavers by one or two of its steps of 0.5 degrees.
+_RISING_C = 2.0
+# Where blocks resemble their neighbours more than this, something slow is at work and the
+# intervals, which take a process's blocks as draws, are too narrow. Few blocks show that by
+# chance: it has to stand out from its error.
+_AUTOCORRELATION, _SURE = 0.3, 2.5
+# Turns of the yardstick before each block (edgeexit.timing).
+_TURNS = 9
+_NAMED = 3
+
+NO_EXITS = "without exits"
+
+
+def judge(profile: Profile) -> Verdict:
+    """What the raw values of *profile* say about it; the verdict it carries is not looked at."""
+    emulated = [Reason(kind="emulated", text=text) for text in [profile.emulated] if text]
+    disturbed = [reason for rule in _DISTURBANCES for reason in rule(profile)]
+    wide = list(_precision(profile))
+    status = CLEAN
+    for name, found in ((NOT_CONVERGED, wide), (DISTURBED, disturbed), (EMULATED, emulated)):
+        status = name if found else status
+    return Verdict(status=status, reasons=(*emulated, *disturbed, *wide))
+
+
+def unseen(profile: Profile) -> list[str]:
+    """What this machine does not tell, and what "clean" hence does not rule out."""
+    readings = list(_readings(profile))
+    told = {
+        "clock": any(reading.clocks_mhz for reading in readings),
+        "temperature": any(reading.temperature_c is not None for reading in readings),
+        "throttling": any(reading.throttled is not None for reading in readings),
+        "other load": any(reading.busy_ms is not None for reading in readings),
+    }
+    return [name for name, is_told in told.items() if not is_told]
+
+
+def watched(profile: Profile) -> list[Case]:
+    """The paths whose intervals decide: each exit with all exits kept, and none but the final."""
+    wanted = [(profile.exits, name) for name in profile.exits]
+    found = [profile.case(kept, name) for kept, name in wanted]
+    return list(dict.fromkeys([*(case for case in found if case is not None), profile.full]))
+
+
+def named(profile: Profile, case: Case) -> str:
+    """What a watched path is called."""
+    return NO_EXITS if case == profile.full else printable(case.exit)
+
+
+def _readings(profile: Profile) -> Iterator[Reading]:
+    """All readings, in order of time."""
+    yield profile.before
+    for process in profile.processes:
+        yield from process.readings
+    yield profile.after
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def _throttling(profile: Profile) -> Iterator[Reason]:
+    bits = [r.throttled for r in _readings(profile) if r.throttled is not None]
+    for place, (kind, text) in enumerate(_THROTTLE_BITS):
+        now = sum(value >> place & 1 for value in bits)
+        ever = [value >> (_SINCE_BOOT + place) & 1 for value in bits]
+        if now:
+            yield Reason(kind=kind, text=f"{text} in {now} of {len(bits)} readings")
+        elif ever and max(ever) > ever[0]:
+            yield Reason(kind=kind, text=f"{text} for a moment between two readings")
+
+
+def _clock(profile: Profile) -> Iterator[Reason]:
+    # Governors lower the clock of an idle machine: only readings behind a first block count, and
+    # where inputs come one at a time, only those of a clock that is held.
+    is_held = {"performance"}
+    clocks = [
+        max(reading.clocks_mhz)  # cores that we do not use may rest
+        for process in profile.processes
+        for reading in process.readings
+        if reading.clocks_mhz and reading.at_ns > process.blocks[0].at_ns
+        if profile.mode.name != PACED or set(reading.governors) == is_held
+    ]
+    if not clocks:
+        return
+    before = np.maximum.accumulate(clocks)
+    worst = int(np.argmin(np.array(clocks) / before))
+    if clocks[worst] < before[worst] * (1 - _CLOCK_FALL):
+        text = f"clock fell from {before[worst]:.0f} to {clocks[worst]:.0f} MHz"
+        yield Reason(kind="clock", text=text)
+
+
+def _temperature(profile: Profile) -> Iterator[Reason]:
+    if profile.mode.name != SUSTAINED:
+        return
+    seen = [r.temperature_c for p in profile.processes for r in p.readings]
+    degrees = [value for value in seen if value is not None]
+    third = len(degrees) // 3
+    if third and (rise := np.median(degrees[-third:]) - np.median(degrees[:third])) > _RISING_C:
+        text = f"still {rise:.1f} degrees warmer at the end than at the beginning"
+        yield Reason(kind="temperature", text=text)
+
+
+def _swap(profile: Profile) -> Iterator[Reason]:
+    used = [r.swap_used_mb for r in _readings(profile) if r.swap_used_mb is not None]
+    if used and max(used) - used[0] > _SWAP_MB:
+        text = f"swap in use grew by {max(used) - used[0]:.0f} MB: memory is short"
+        yield Reason(kind="swap", text=text)
+
+
+# ---------------------------------------------------------------- rivals for the cores
+
+
+def _other_load(profile: Profile) -> Iterator[Reason]:
+    def share(process: Process, first: Reading, last: Reading) -> float | None:
+        busy_ms, own_ms = _grown(first.busy_ms, last.busy_ms), _own_ms(process, first, last)
+        return None if busy_ms is None else _per_time(busy_ms - own_ms, first, last)
+
+    whole, burst = _worst(profile, _whole, share), _worst(profile, _bursts, share)
+    if whole and whole[0] > _OTHER_LOAD:
+        yield Reason(kind="load", text=f"other programs took {whole[0]:.0%} of a core {whole[1]}")
+    elif burst and burst[0] > _OTHER_BURST:
+        text = f"other programs took {burst[0]:.0%} of a core for a while {burst[1]}"
+        yield Reason(kind="load", text=text)
+
+
+def _steal(profile: Profile) -> Iterator[Reason]:
+    def share(process: Process, first: Reading, last: Reading) -> float | None:
+        return _per_time(_grown(first.steal_ms, last.steal_ms), first, last)
+
+    worst = _worst(profile, _whole, share)
+    if worst and worst[0] > _STEAL:
+        yield Reason(kind="steal", text=f"the hypervisor took {worst[0]:.1%} of a core {worst[1]}")
+
+
+def _pressure(profile: Profile) -> Iterator[Reason]:
+    def share(process: Process, first: Reading, last: Reading) -> float | None:
+        waited_us = _grown(first.pressure_us, last.pressure_us)
+        return None if waited_us is None else _per_time(waited_us / 1e3, first, last)
+
+    worst = _worst(profile, _whole, share)
+    if worst and worst[0] > _PRESSURE:
+        text = f"programs waited for a core {worst[0]:.0%} of the time {worst[1]}"
+        yield Reason(kind="pressure", text=text)
+
+
+Stretch = tuple[Reading, Reading]
+
+
+def _whole(process: Process) -> list[Stretch]:
+    """From the first reading to the last one."""
+    readings = process.readings
+    return [(readings[0], readings[-1])] if len(readings) > 1 else []
+
+
+def _bursts(process: Process) -> list[Stretch]:
+    """Stretches of at least a second that follow each other."""
+    found: list[Stretch] = []
+    first = None
+    for reading in process.readings:
+        if first is None:
+            first = reading
+        elif reading.at_ns - first.at_ns >= _BURST_NS:
+            found.append((first, reading))
+            first = reading
+    return found
+
+
+def _worst(
+    profile: Profile,
+    stretches: Callable[[Process], list[Stretch]],
+    share: Callable[[Process, Reading, Reading], float | None],
+) -> tuple[float, str] | None:
+    """The largest share of all stretches, and where it was."""
+    found = [
+        (value, f"(process {number} of {len(profile.processes)})")
+        for number, process in enumerate(profile.processes, 1)
+        for first, last in stretches(process)
+        if (value := share(process, first, last)) is not None
+    ]
+    return max(found, default=None)
+
+
+def _own_ms(process: Process, first: Reading, last: Reading) -> float:
+    """CPU time that was ours between two readings."""
+    # A reading of the parent counts the timing process only after its end; what that used is told
+    # by its blocks: the calls, one more before them, and the turns of the yardstick.
+    blocks = [block for block in process.blocks if first.at_ns <= block.at_ns < last.at_ns]
+    used_ns = sum((b.calls + 1) * b.cpu_ns + _TURNS * b.yardstick_ns for b in blocks)
+    return max(_grown(first.own_ms, last.own_ms) or 0.0, used_ns / 1e6)
+
+
+def _grown(first: float | None, last: float | None) -> float | None:
+    return None if first is None or last is None else last - first
+
+
+def _per_time(ms: float | None, first: Reading, last: Reading) -> float | None:
+    spent_ms = (last.at_ns - first.at_ns) / 1e6
+    return None if ms is None or spent_ms <= 0 else ms / spent_ms
+
+
+# ---------------------------------------------------------------- the timing process
+
+
+def _off_core(profile: Profile) -> Iterator[Reason]:
+    # Several threads wait for each other, and a paced process idles on purpose.
+    if profile.threads > 1 or profile.mode.name == PACED:
+        return
+    blocks = [block for process in profile.processes for block in process.blocks]
+    if not any(block.cpu_ns for block in blocks):
+        return  # no clock of CPU time
+    wall_ns = sum(block.mean_ns * block.calls for block in blocks)
+    lost_ns = wall_ns - sum(block.cpu_ns * block.calls for block in blocks)
+    paused = [block for process in profile.processes for block in _paused(process)]
+    if paused:
+        longest_ms = max((b.mean_ns - b.cpu_ns) * b.calls for b in paused) / 1e6
+        text = f"the timing process was stopped in {len(paused)} of {len(blocks)} blocks, "
+        yield Reason(kind="paused", text=f"{text}for up to {longest_ms:.0f} ms")
+        lost_ns -= sum((block.mean_ns - block.cpu_ns) * block.calls for block in paused)
+    if lost_ns > _OFF_CPU * wall_ns:
+        text = f"the timing process had no core for {lost_ns / wall_ns:.0%} of the timed blocks"
+        yield Reason(kind="off-core", text=text)
+
+
+def _paused(process: Process) -> list[Block]:
+    usual = {case: np.median(process.values(case)) for case in {b.case for b in process.blocks}}
+    return [
+        block
+        for block in process.blocks
+        if (block.mean_ns - block.cpu_ns) * block.calls > _PAUSE_NS
+        and block.mean_ns > _PAUSE_FACTOR * usual[block.case]
+    ]
+
+
+def _yardstick(profile: Profile) -> Iterator[Reason]:
+    blocks = [(process, block) for process in profile.processes for block in process.blocks]
+    began_ns = profile.processes[0].began_ns
+    series = {
+        "over the run": [(b.yardstick_ns, (b.at_ns - began_ns) / 1e9) for _, b in blocks],
+        "within processes": [(b.yardstick_ns, (b.at_ns - p.began_ns) / 1e9) for p, b in blocks],
+    }
+    for where, points in series.items():
+        values, times = zip(*points, strict=True)
+        found = intervals.trend(values, times)
+        if found is None:
+            continue
+        if found.steps():
+            text = f"the yardstick loop became {_change(found.step)} {where}, from "
+            text += f"{found.began:.0f} s to {found.ended:.0f} s"
+            yield Reason(kind="step", text=text)
+        elif found.drifts():
+            text = f"the yardstick loop became {_change(found.drift)} {where}"
+            yield Reason(kind="drift", text=text)
+
+
+def _autocorrelation(profile: Profile) -> Iterator[Reason]:
+    series = [p.values(case) for case in range(len(profile.cases)) for p in profile.processes]
+    found = intervals.autocorrelation(series)
+    if found is None:
+        return
+    # The blocks of one round share what the machine did: count rounds, not blocks.
+    correlation, error = found[0], found[1] * len(profile.cases) ** 0.5
+    if correlation > max(_AUTOCORRELATION, _SURE * error):
+        text = f"a block resembles the one before it (autocorrelation {correlation:.2f})"
+        yield Reason(kind="autocorrelation", text=text)
+
+
+def _change(share: float) -> str:
+    return f"{abs(share):.1%} {'slower' if share > 0 else 'faster'}"
+
+
+# ---------------------------------------------------------------- the figures
+
+
+def _energy(profile: Profile) -> Iterator[Reason]:
+    if profile.energy is not None:
+        for text in profile.energy.reasons():
+            yield Reason(kind="energy", text=text)
+
+
+def _precision(profile: Profile) -> Iterator[Reason]:
+    """Which exits' intervals are wider than was asked for."""
+    widths = sorted(
+        ((profile.latency(case).half_width, case) for case in watched(profile)),
+        key=lambda pair: -pair[0],
+    )
+    wide = [(width, case) for width, case in widths if width > profile.precision]
+    if not wide:
+        return
+    listed = ", ".join(f"{named(profile, case)} ± {width:.1%}" for width, case in wide[:_NAMED])
+    more = f" and {len(wide) - _NAMED} more" if len(wide) > _NAMED else ""
+    text = f"asked for ± {profile.precision:.1%}, found {listed}{more}"
+    yield Reason(kind="precision", text=text)
+
+
+_DISTURBANCES: tuple[Callable[[Profile], Iterator[Reason]], ...] = (
+    _throttling,
+    _clock,
+    _temperature,
+    _swap,
+    _other_load,
+    _steal,
+    _pressure,
+    _off_core,
+    _yardstick,
+    _autocorrelation,
+    _energy,
+)
