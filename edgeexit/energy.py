@@ -29,12 +29,15 @@ IDLE = -1
 SHORTEST_S = 3.0
 FEWEST_SAMPLES = 30
 FEWEST_WINDOWS = 5
+_USUAL_S = 3.5
 _USUAL_SAMPLES = 40
 _GUARD_PERIODS = 2
-_LONG_GAP_PERIODS = 3
-_MOST_GAPS = 0.05
+# Three values lost in a row; in a steady load such gaps hide nothing as long as they are few.
+_LONG_GAP_PERIODS = 3.5
+_MOST_GAPS = 0.15
 _MOST_IDLE_DRIFT = 0.05
-_MOST_LAG = 0.1
+# A twenty-fifth of a step in a quarter of a window is one per cent of the step.
+_MOST_LAG = 0.04
 _MOST_SAMPLER_SHARE = 0.01
 _LEAST_RATE = 0.8
 _REPLICATES = 2000
@@ -50,11 +53,12 @@ def window_s(rate_hz: float) -> float:
     """
     Seconds that a window should last with a meter of *rate_hz* samples a second.
 
-    40 samples, so that 30 are left when one in four is lost, and never below 3 s.
+    40 samples, so that 30 are left when one in four is lost, and never below 3.5 s, because a
+    window that ends with a call a little early must still last 3 s.
     """
     if not 0 < rate_hz < _MOST:
         raise UsageError(f"meter rate: expected samples a second above 0, found {rate_hz}")
-    return max(SHORTEST_S, _USUAL_SAMPLES / rate_hz)
+    return max(_USUAL_S, _USUAL_SAMPLES / rate_hz)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +96,11 @@ class Figure:
     high: float
     label: str
 
+    @property
+    def half_width(self) -> float:
+        """Half the interval's width as a share of the value (0.01: plus or minus 1 %)."""
+        return (self.high - self.low) / 2 / abs(self.value) if self.value else math.inf
+
 
 @dataclass(frozen=True, eq=False)
 class Trace:
@@ -115,7 +124,8 @@ class Trace:
             raise DeviceError("meter: samples of power and of energy, expected one kind")
         return cls(
             np.array([s.at_ns for s in listed], np.int64),
-            np.array(values, np.float64).round(3),
+            # Python's round leaves infinities alone, which are refused below.
+            np.array([round(float(value or 0), 3) for value in values], np.float64),
             is_counter,
         )
 
@@ -177,8 +187,9 @@ class Trace:
             return period_s
         usual = float(np.median(runs))
         is_regular = float(np.mean(np.abs(runs - usual) <= max(1.0, 0.35 * usual))) >= 0.7
-        is_held = usual >= 2 and float(np.mean(runs == 1)) <= 0.1 and is_regular
-        return period_s * usual if is_held else period_s
+        # Longer runs are a load so steady that a coarse meter cannot see it move.
+        may_be = 2 <= usual <= FEWEST_SAMPLES and float(np.mean(runs == 1)) <= 0.1
+        return period_s * usual if may_be and is_regular else period_s
 
     def seconds(self, at_ns: int) -> float:
         """Seconds from the first sample to *at_ns*."""
@@ -193,7 +204,7 @@ class Trace:
         return inside[:: max(1, round(self.period_s / float(np.median(np.diff(seconds)))))]
 
     def mean_mw(self, began_s: float, ended_s: float) -> float:
-        """Mean power in that stretch: trapezoids or the counter's difference, linear at the ends."""
+        """Mean power in that stretch: trapezoids or the counter's difference, linear at ends."""
         seconds, values = self._points
         edges = np.array([began_s, ended_s])
         at_edges = np.interp(edges, seconds, values)
@@ -229,9 +240,7 @@ class Trace:
         if began_ns + sum(steps) >= _MOST_NS:
             raise BadFile(f"{table.where}: steps_ns: beyond any clock")
         at_ns = np.cumsum(np.array([began_ns, *steps], np.int64))[: len(values)]
-        return _or_bad_file(
-            table, lambda: cls(at_ns, np.array(values, np.float64).round(3), unit == "mJ")
-        )
+        return _or_bad_file(table, lambda: cls(at_ns, np.array(values, np.float64), unit == "mJ"))
 
 
 def joules(trace: Trace, window: Window) -> float:
@@ -239,7 +248,7 @@ def joules(trace: Trace, window: Window) -> float:
     Millijoules of *window*, all calls together and idling included.
 
     DeviceError if the window is shorter than 3 s, holds fewer than 30 values of the meter, or has
-    gaps (longer than 3 sample periods) over more than 5 % of it.
+    gaps (three values lost in a row, or more) over more than 15 % of it.
     """
     _check(trace, window)
     guard_s = _GUARD_PERIODS * trace.period_s
@@ -480,13 +489,13 @@ class Energy:
     def _per_call(self, case: int, power_mw: Values) -> Values:
         places = self._places(case)
         seconds = [self.windows[k].duration_s / self.windows[k].calls for k in places]
-        return power_mw[places] * np.array(seconds)
+        return np.asarray(power_mw[places] * np.array(seconds), np.float64)
 
     @cached_property
     def _idle_then_mw(self) -> Values:
         middle = np.array([(w.began_ns + w.ended_ns) / 2 for w in self.windows])
         idle = self._places(IDLE)
-        return np.interp(middle, middle[idle], self._power_mw[idle]).astype(np.float64)
+        return np.asarray(np.interp(middle, middle[idle], self._power_mw[idle]), np.float64)
 
     def _median(self, values: Values) -> Figure:
         draws = np.median(values[_draws(len(values))], axis=1)
