@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "measure accuracy, exit rates and latency on labelled samples",
     "inspect": "show what a bundle holds",
     "calibration": "make and check sets of labelled samples",
+    "doctor": "find what would ruin a run, and what mends it",
     "demo": "profile, tune and run the shipped example",
 }
 
