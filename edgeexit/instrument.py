@@ -28,7 +28,6 @@ from edgeexit.meters import Sample
 from edgeexit.notebook import Notebook
 from edgeexit.paths import paths
 from edgeexit.profile import Profile
-from edgeexit.sampler import Sampler
 from edgeexit.sitting import Child
 from edgeexit.state import Reading, emulation, machine_facts, read_state
 from edgeexit.verdict import judge
@@ -255,6 +254,8 @@ def _measure_energy(
     What an earlier, stopped measurement finished is used if the machine was not started anew
     since. DeviceError if the meter fails, or cannot serve windows of calls.
     """
+    from edgeexit.sampler import Sampler
+
     rate_hz: float | None = plan["rate_hz"]
     order = random.Random(plan["seed"])
     with ExitStack() as stack:

@@ -82,7 +82,9 @@ def test_paced_calls_that_are_late_do_not_sleep(clock: Clock) -> None:
     assert clock.slept_ns == 200_000_000
 
 
-def test_warm_up_goes_on_until_the_first_third_holds_what_is_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warm_up_goes_on_until_the_first_third_holds_what_is_cold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = Clock(1_000_000)
     cold = iter([90_000_000, 40_000_000, 9_000_000, 4_000_000] + [1_000_000] * 500)
 
