@@ -23,7 +23,12 @@ from edgeexit.bounds import log_terms
 Values = NDArray[np.float64]
 
 REPLICATES = 1000
+LEAST = 0.02  # of a level: smaller drifts and steps of a yardstick are no disturbance
 _CONFIDENCE = 0.95
+_RARE = 0.004  # twice (drift and step) below 1 of 100
+_STRETCHES = 60
+_SHUFFLES = 999
+_PERMUTATIONS = 9999
 _NORMAL = NormalDist()
 
 # ---------------------------------------------------------------- the value and its interval
@@ -36,7 +41,7 @@ def pooled_median(blocks: Sequence[ArrayLike]) -> float:
 
 
 def replicates(
-    cases: Sequence[Sequence[ArrayLike]], *, seed: int = 0, count: int = REPLICATES
+    cases: Sequence[Sequence[ArrayLike]], seed: int = 0, count: int = REPLICATES
 ) -> Values:
     """
     Bootstrap replicates of each case's pooled_median, float64 (cases, count).
@@ -44,7 +49,7 @@ def replicates(
     *cases* holds for each case one array of blocks for each process. Processes are drawn with
     replacement, then blocks within each drawn one. All cases see the same draws (block j of
     process i of one case goes with block j of process i of another, as they were measured side
-    by side): a row divided by another holds the replicates of their ratio.
+    by side): one row divided by another holds the replicates of their ratio.
     """
     processes = len(cases[0])
     sizes = [tuple(len(np.atleast_1d(blocks)) for blocks in case) for case in cases]
@@ -66,21 +71,16 @@ def interval(
     draws: ArrayLike, processes: int, confidence: float = _CONFIDENCE
 ) -> tuple[float, float]:
     """
-    The interval (low, high) that *draws*, bootstrap replicates from *processes*, speak for.
+    The interval (low, high) that *draws*, bootstrap replicates, speak for.
 
     Percentiles, moved outwards for few processes as Hesterberg advises ("What Teachers Should
     Know About the Bootstrap", The American Statistician 69, 2015): plain percentiles of five
     processes hold the true value in 87 % of cases instead of 95 %. One process alone says
-    nothing about the next: its interval is 0 .. infinity.
+    nothing about the next: its interval is endless.
     """
     if processes < 2:
-        return 0.0, math.inf
+        return -math.inf, math.inf
     return _percentiles(draws, processes - 1, processes / (processes - 1), confidence)
-
-
-def half_width(value: float, low: float, high: float) -> float:
-    """Half the width of an interval as a share of its *value*: what converges (0.01 = 1 %)."""
-    return (high - low) / (2 * value)
 
 
 def _percentiles(
@@ -218,34 +218,30 @@ def warm_from(calls_ns: ArrayLike) -> int:
     """
     The index of the first warm call among a process's first calls; at most half of them.
 
-    White's MSER ("An Effective Truncation Heuristic for Bias Reduction in Simulation Output",
-    Simulation 69, 1997): cut where the rest's squared standard error is least, on means of five
-    calls if there are 50 (MSER-5), else on single ones. Calls are taken as logarithms and as
-    medians of three neighbours, so that one spike moves nothing; the very first call, which
-    opens the segments, stands for itself. A cut that lowers the error by less than chance can
-    is not made.
+    As in Barrett and others ("Virtual Machine Warmup Blows Hot and Cold", OOPSLA 2017) the end
+    of the series is the steady state: warm is the first of five calls in a row at the level of
+    the second half, give or take four of its deviations, at least 5 %. Medians of three
+    neighbours are compared, so that one spike moves nothing; the very first call, which opens
+    the segments, stands for itself.
     """
     logs = np.log(np.maximum(np.asarray(calls_ns, dtype=np.float64), 1.0))
-    if logs.size < 6:
-        return min(1, logs.size // 2)
+    half = logs.size // 2
+    if half < 3:
+        return min(1, half)
     inner = np.median(np.lib.stride_tricks.sliding_window_view(logs, 3), axis=1)
-    smooth = np.concatenate([logs[:1], inner, [min(logs[-1], inner[-1])]])
-    batch = 5 if logs.size >= 50 else 1
-    means = smooth[: logs.size // batch * batch].reshape(-1, batch).mean(axis=1)
-    n = len(means)
-    error = np.array([means[cut:].var() / (n - cut) for cut in range(n // 2 + 1)])
-    best = int(error.argmin())
-    if error[best] > 0.5 * error[0]:
-        return 0
-    return min(best * batch, logs.size // 2)
+    steady = float(np.median(inner[half - 1 :]))
+    scatter = 1.4826 * float(np.median(np.abs(inner[half - 1 :] - steady)))
+    smooth = np.concatenate([logs[:1], inner])
+    level = np.abs(smooth - steady) <= max(4 * scatter, math.log(1.05))
+    return next((k for k in range(half) if level[k : k + 5].all()), half)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trend:
     """
-    Whether a series kept its level: *drift* of the last third of the time against the first,
-    and the largest *step*, from *began* to *ended* (in the unit of the times) against the rest;
-    both as shares (0.2 = 20 % above). The chances say how often a quiet series would look so.
+    Whether a series kept its level: *drift* of the last third of it against the first, and the
+    largest *step*, the level from *began* to *ended* against the rest; both as shares (0.2 =
+    20 % above). Each comes with its chance: how often a quiet series shows as much.
     """
 
     drift: float
@@ -255,61 +251,53 @@ class Trend:
     began: float
     ended: float
 
-    @property
-    def drifts(self) -> bool:
-        """The drift is no chance: with `steps`, fewer than 1 of 100 quiet series say so."""
-        return self.drift_chance <= _RARE
+    def drifts(self, least: float = LEAST) -> bool:
+        """The drift is more than *least* and no chance."""
+        return abs(self.drift) > least and self.drift_chance <= _RARE
 
-    @property
-    def steps(self) -> bool:
-        """The step is no chance: with `drifts`, fewer than 1 of 100 quiet series say so."""
-        return self.step_chance <= _RARE
+    def steps(self, least: float = LEAST) -> bool:
+        """The step is more than *least* and no chance."""
+        return abs(self.step) > least and self.step_chance <= _RARE
 
 
-_RARE = 0.004
-_BINS = 60
-_SHUFFLES = 1999
-
-
-def trend(values: ArrayLike, times: ArrayLike, *, seed: int = 0) -> Trend | None:
+def trend(values: ArrayLike, times: ArrayLike, seed: int = 0) -> Trend | None:
     """
     Drift and largest step of a yardstick series; None with fewer than 12 values.
 
-    The series is cut into at most 60 stretches and the ranks of their medians are scanned for
-    the stretch of time that differs most from the rest: circular binary segmentation (Olshen,
-    Venkatraman, Lucito and Wigler, Biostatistics 5, 2004), which finds one lasting step and a
-    passing one alike. Chances by permuting the stretches: no shape of the noise is assumed, but
-    that a quiet series keeps no level for longer than a stretch. A real but tiny step is no
-    chance either: callers judge its size, too.
+    The series is cut into at most 60 stretches of as many values, and their medians are scanned
+    for the stretch of time that differs most from the rest: circular binary segmentation
+    (Olshen, Venkatraman, Lucito and Wigler, Biostatistics 5, 2004), which finds a lasting step
+    and a passing one alike. Chances by permuting the stretches, extremes clipped: no shape of
+    the noise is assumed, but that a quiet series keeps no level for longer than a stretch. A
+    process's own luck is such a level, and real: hence the least size.
     """
-    when = np.asarray(times, dtype=np.float64)
-    order = np.argsort(when, kind="stable")
-    when, series = when[order], np.asarray(values, dtype=np.float64)[order]
+    when, series = np.asarray(times, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if series.size < 12:
         return None
-    edges = np.linspace(0, series.size, min(_BINS, series.size) + 1).round().astype(int)
+    order = np.argsort(when, kind="stable")
+    when, series = when[order], series[order]
+    edges = np.linspace(0, series.size, min(_STRETCHES, series.size) + 1).round().astype(int)
     level = np.array([np.median(series[a:b]) for a, b in itertools.pairwise(edges)])
-    bins, third = len(level), len(level) // 3
-    ranks = _ranks(level[:, None])[:, 0]
-    ranks -= ranks.mean()
-    shuffled = np.random.default_rng(seed).permuted(np.tile(ranks, (_SHUFFLES, 1)), axis=1)
+    third = len(level) // 3
+    scores = level - np.median(level)
+    scores = np.clip(scores, *(np.array([-8, 8]) * 1.4826 * np.median(np.abs(scores))))
+    scores -= scores.mean()
+    shuffled = np.random.default_rng(seed).permuted(np.tile(scores, (_SHUFFLES, 1)), axis=1)
 
     def slope(rows: Values) -> Values:
         found: Values = np.abs(rows[..., -third:].sum(axis=-1) - rows[..., :third].sum(axis=-1))
         return found
 
-    drift = float(np.median(level[-third:]) / np.median(level[:third])) - 1.0
-    highest, start, stop = _largest_step(ranks[None])
-    inside = np.zeros(bins, dtype=bool)
+    highest, start, stop = _largest_step(scores[None])
+    inside = np.zeros(len(level), dtype=bool)
     inside[int(start[0]) : int(stop[0])] = True
     if inside[0] and not inside[-1]:
         inside = ~inside  # what came later differs from what was first
     where = np.flatnonzero(inside)
-    step = float(np.median(level[inside]) / np.median(level[~inside])) - 1.0
     return Trend(
-        drift=drift,
-        drift_chance=_chance(slope(ranks), slope(shuffled)),
-        step=step,
+        drift=float(np.median(level[-third:]) / np.median(level[:third])) - 1.0,
+        drift_chance=_chance(slope(scores), slope(shuffled)),
+        step=float(np.median(level[inside]) / np.median(level[~inside])) - 1.0,
         step_chance=_chance(highest[0], _largest_step(shuffled)[0]),
         began=float(when[edges[where[0]]]),
         ended=float(when[edges[where[-1] + 1] - 1]),
@@ -351,7 +339,6 @@ class Difference:
 def differences(
     ours: Sequence[Sequence[ArrayLike]],
     theirs: Sequence[Sequence[ArrayLike]],
-    *,
     seed: int = 0,
     confidence: float = _CONFIDENCE,
 ) -> list[Difference]:
@@ -366,7 +353,7 @@ def differences(
     """
     if len(ours) != len(theirs):
         raise ValueError("two profiles of the same cases are needed")
-    ratios = replicates(ours, seed=seed) / replicates(theirs, seed=seed + 1)
+    ratios = replicates(ours, seed) / replicates(theirs, seed + 1)
     mine, yours = len(ours[0]), len(theirs[0])
     medians = [
         [float(np.median(np.asarray(blocks, dtype=np.float64))) for blocks in (*a, *b)]
@@ -375,13 +362,19 @@ def differences(
     chances = _family_wise(_ranks(np.array(medians).T), mine, seed)
     found = []
     for a, b, draws, chance in zip(ours, theirs, ratios, chances, strict=True):
-        low, high = 0.0, math.inf
+        low, high = -math.inf, math.inf
         fewer = min(mine, yours)
         if fewer >= 2:
             freedom = mine + yours - 2
             low, high = _percentiles(draws, freedom, fewer / (fewer - 1), confidence)
-        ratio = pooled_median(a) / pooled_median(b)
-        found.append(Difference(ratio=ratio, low=low, high=high, chance=float(chance)))
+        found.append(
+            Difference(
+                ratio=pooled_median(a) / pooled_median(b),
+                low=low,
+                high=high,
+                chance=float(chance),
+            )
+        )
     return found
 
 
@@ -398,9 +391,6 @@ def _family_wise(ranks: Values, mine: int, seed: int) -> Values:
     chances = np.empty(len(observed))
     chances[order] = np.maximum.accumulate(stepped)
     return chances
-
-
-_PERMUTATIONS = 9999
 
 
 def _labels(total: int, mine: int, seed: int) -> Values:
