@@ -1,6 +1,6 @@
 """A tiny bundle on disk, and records and profiles made of numbers instead of runs."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -121,6 +121,8 @@ def made_profile(
     bundle_digest: str = DIGEST,
     jitter: float = 0.0,
     drift: float = 0.0,
+    slow: Mapping[int, float] | None = None,
+    surplus: Mapping[Kept, float] | None = None,
     handover: float | None = None,
     processes: int = 3,
     blocks: int = 9,
@@ -130,19 +132,18 @@ def made_profile(
     """
     Costs that add up: the segments on the way, and a head for each kept exit on it.
 
-    Each block is off by *jitter* (a share, normal), each case of each process by *drift*. With
+    Each block is off by *jitter* (a share, normal), each case of each process by *drift*, whole
+    processes by a factor in *slow*; paths of a kept set in *surplus* cost so much more. With
     *handover* (ns) there is a dissection that saw it at each exit, and an input stage of 2 us.
     """
     rng = np.random.default_rng(seed)
     heads = [head] * len(exits) if isinstance(head, float | int) else head
     cases = made_cases(exits, sets)
-    costs = [
-        sum(segments[: list(exits).index(case.exit) + 1])
-        + sum(
-            heads[list(exits).index(name)] for name in case.kept[: case.kept.index(case.exit) + 1]
-        )
-        for case in cases
-    ]
+    costs = []
+    for case in cases:
+        place, way = list(exits).index(case.exit), case.kept[: case.kept.index(case.exit) + 1]
+        on_the_way = sum(heads[list(exits).index(name)] for name in way)
+        costs.append(sum(segments[: place + 1]) + on_the_way + (surplus or {}).get(case.kept, 0.0))
     dissection = None
     if handover is not None:
         seen = [
@@ -154,7 +155,7 @@ def made_profile(
         dissection = Dissection(preprocess_ns=2e3, after_idle_ns=10**6, segments=tuple(seen))
     made = []
     for process in range(processes):
-        luck = 1 + drift * rng.normal(size=len(cases))
+        luck = (slow or {}).get(process, 1.0) * (1 + drift * rng.normal(size=len(cases)))
         values = [
             (case, float(costs[case] * luck[case] * (1 + jitter * rng.normal())))
             for _ in range(blocks)
