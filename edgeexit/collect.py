@@ -109,8 +109,8 @@ def collect(
     done = list(finished)
     began_ns = clock_ns()
     cap_ns = limits.time_cap_s * 1e9
-    known: Known = None
     while True:
+        known = _estimates(done, cases, watched, seed) if len(done) > 1 else None
         spent = clock_ns() - began_ns
         count = len(done)
         if count >= FEWEST_PROCESSES and (spent >= cap_ns or count >= MOST_PROCESSES):
@@ -145,8 +145,6 @@ def collect(
                     *(share, feel, clock_ns, notebook, tell),
                 )
             )
-        if len(done) > 1:
-            known = _estimates(done, cases, watched, seed)
     return done
 
 
