@@ -50,6 +50,25 @@ class Sample:
     power_mw: float | None = None
     energy_mj: float | None = None
 
+    def to_row(self) -> list[Any]:
+        """The same as a JSON list."""
+        return [self.at_ns, self.power_mw, self.energy_mj]
+
+    @classmethod
+    def from_row(cls, row: object) -> "Sample":
+        """Read what to_row wrote, perhaps on another machine. DeviceError if it is no sample."""
+        match row:
+            case [int(at_ns), float() | int() as power_mw, None]:
+                value, sample = power_mw, cls(at_ns=at_ns, power_mw=power_mw)
+            case [int(at_ns), None, float() | int() as energy_mj]:
+                value, sample = energy_mj, cls(at_ns=at_ns, energy_mj=energy_mj)
+            case _:
+                raise DeviceError(f"meter: expected a sample, found {repr(row)[:60]}")
+        # Written so that NaN is refused, too.
+        if not (abs(value) < 1e15 and abs(at_ns) < 1 << 62):
+            raise DeviceError(f"meter: a sample says {repr(row)[:60]}")
+        return sample
+
 
 @dataclass(frozen=True, kw_only=True)
 class MeterInfo:
@@ -274,7 +293,7 @@ def find_meters(machine: Machine, device: Device) -> list[Found]:
         )
     for kind, entry in _foreign().items():
         found.append(Found(spec=kind, title=f"{entry.value}, a plug-in", reason="open it to see"))
-    return found
+    return sorted(found, key=lambda f: LABELS.index(f.info.label) if f.info else len(LABELS))
 
 
 def tried(spec: str, title: str, machine: Machine, device: Device) -> Found:
