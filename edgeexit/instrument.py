@@ -28,6 +28,7 @@ from edgeexit.meters import Sample
 from edgeexit.notebook import Notebook
 from edgeexit.paths import paths
 from edgeexit.profile import Profile
+from edgeexit.sampler import Sampler
 from edgeexit.sitting import Child
 from edgeexit.state import Reading, emulation, machine_facts, read_state
 from edgeexit.verdict import judge
@@ -254,8 +255,6 @@ def _measure_energy(
     What an earlier, stopped measurement finished is used if the machine was not started anew
     since. DeviceError if the meter fails, or cannot serve windows of calls.
     """
-    from edgeexit.sampler import Sampler
-
     rate_hz: float | None = plan["rate_hz"]
     order = random.Random(plan["seed"])
     with ExitStack() as stack:
@@ -289,6 +288,7 @@ def _measure_energy(
                 book.energy(_round_document(*rounds[-1]))
         last = [window(IDLE)]
         rounds.append((last, sampler.samples_between(*_span(last))))
+        sampler.stop()  # what a meter knows only at its end is then in its info
         # Samples at the edges belong to two rounds.
         samples = {sample.at_ns: sample for _, found in rounds for sample in found}
         return Energy(
@@ -310,7 +310,7 @@ def _span(windows: Sequence[Window]) -> tuple[int, int]:
 def _round_document(windows: Sequence[Window], samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "windows": [asdict(window) for window in windows],
-        "samples": [[s.at_ns, s.power_mw, s.energy_mj] for s in samples],
+        "samples": [sample.to_row() for sample in samples],
     }
 
 
@@ -322,10 +322,6 @@ def _earlier_rounds(book: Notebook | None) -> list[_Round]:
             Window(**{name: entry.get(name, int) for name in Window.__dataclass_fields__})
             for entry in table.tables("windows")
         ]
-        samples = []
-        for row in table.list_of("samples", list):
-            at_ns, power_mw, energy_mj = row
-            samples.append(Sample(at_ns=at_ns, power_mw=power_mw, energy_mj=energy_mj))
-        rounds.append((windows, samples))
+        rounds.append((windows, [Sample.from_row(row) for row in table.list_of("samples", list)]))
     ends = [window.ended_ns for windows, _ in rounds for window in windows]
     return rounds if all(end < time.monotonic_ns() for end in ends) else []

@@ -145,8 +145,8 @@ class Profile:
         """The *quantile* (0.95, 0.99) of single calls in ns; None if there are too few."""
         place = self.cases.index(case)
         calls = [
-            np.concatenate([b.calls_ns for b in p.blocks if b.case == place] or [np.empty(0)])
-            for p in self.processes
+            [call for block in process.blocks if block.case == place for call in block.calls_ns]
+            for process in self.processes
         ]
         found = intervals.quantile_interval(calls, quantile)
         return None if found is None else Estimate(value=found[0], low=found[1], high=found[2])

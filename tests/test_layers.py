@@ -61,6 +61,9 @@ ROOMS = (
     "tune",
     "report",
     "recording",
+    "symptoms",
+    "vitals",
+    "installation",
     "doctor",
     "demo",
 )

@@ -19,7 +19,6 @@ from edgeexit.errors import BadFile, Busy, EdgeExitError, UsageError  # noqa: E4
 from edgeexit.host.checkpoint import load_checkpoint  # noqa: E402
 from edgeexit.host.feed import split_holdout, to_input  # noqa: E402
 from edgeexit.host.graph import analyse  # noqa: E402
-from edgeexit.locks import hold, is_held  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.prune.engine import Progress  # noqa: E402
 from edgeexit.host.study import trial  # noqa: E402
@@ -27,6 +26,7 @@ from edgeexit.host.study.folder import Study  # noqa: E402
 from edgeexit.host.study.job import Job, Result  # noqa: E402
 from edgeexit.host.study.space import Judge  # noqa: E402
 from edgeexit.host.study.trial import main, run_job  # noqa: E402
+from edgeexit.locks import hold, is_held  # noqa: E402
 from edgeexit.policy import Policy  # noqa: E402
 from edgeexit.preprocess import real_values  # noqa: E402
 from edgeexit.runtime import Runner  # noqa: E402

@@ -9,6 +9,23 @@ import click
 from edgeexit.cli import finite, percentage
 
 
+def _core_list(
+    context: click.Context, option: click.Parameter, value: str | None
+) -> tuple[int, ...] | None:
+    """Callback of an option: "0,4-7" is (0, 4, 5, 6, 7)."""
+    if value is None:
+        return None
+    found: set[int] = set()
+    for part in value.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal() or len(part) > 9:
+            raise click.BadParameter(f"{value!r} is no list such as 0,4-7.", context, option)
+        found |= set(range(int(first), int(last or first) + 1))
+    if not found:
+        raise click.BadParameter(f"{value!r} names no core.", context, option)
+    return tuple(sorted(found))
+
+
 @click.command("profile", short_help="measure latency and energy of each exit on a device")
 @click.argument("bundle_path", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option(
@@ -23,7 +40,11 @@ from edgeexit.cli import finite, percentage
 )
 @click.option("--rate", type=float, callback=finite, help="inputs a second in paced mode (5)")
 @click.option("--threads", type=click.IntRange(1, 256), help="default: the device's, else 1")
-@click.option("--cores", help="cores to use, such as 4-7 or 0,2 (default: the device's, else any)")
+@click.option(
+    "--cores",
+    callback=_core_list,
+    help="cores to use, such as 4-7 or 0,2 (default: the device's, else any)",
+)
 @click.option("--processes", default=10, show_default=True, type=int, help="fresh ones, at least 5")
 @click.option(
     "--precision",
@@ -60,7 +81,7 @@ def command(
     mode: str,
     rate: float | None,
     threads: int | None,
-    cores: str | None,
+    cores: tuple[int, ...] | None,
     processes: int,
     precision: float,
     time_cap_s: float,
@@ -105,8 +126,8 @@ def command(
             bundle,
             name,
             mode=Mode(name=mode, rate_hz=rate),
-            threads=threads or kind.threads or 1,
-            cores=device.core_list(cores) if cores is not None else kind.pin_cores,
+            threads=threads or kind.threads,
+            cores=kind.pin if cores is None else cores,
             limits=limits,
             meter=None if meter == "none" else meter,
             notebook=path.with_name(f"{path.name}.part"),

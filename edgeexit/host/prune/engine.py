@@ -23,7 +23,6 @@ from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
 from edgeexit.host.graph import parameters
-from edgeexit.locks import hold
 from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.needs import needs
 from edgeexit.host.prune.phase import Facts
@@ -35,6 +34,7 @@ from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
 from edgeexit.host.statefile import UNSOUND, head, read_state, unsound
 from edgeexit.host.train import seen
+from edgeexit.locks import hold
 
 JOB = "pruning"
 # What an altered state file can make of reading it.

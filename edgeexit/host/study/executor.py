@@ -12,9 +12,9 @@ from pathlib import Path
 from time import monotonic
 
 from edgeexit.errors import Busy, EdgeExitError, storage
-from edgeexit.locks import is_held
 from edgeexit.host.study.job import RESULT
 from edgeexit.host.study.trial import LOCK
+from edgeexit.locks import is_held
 
 LOG = "log.txt"
 MOST_STARTS = 3

@@ -24,7 +24,6 @@ from optuna.trial import FrozenTrial, TrialState
 from edgeexit.errors import BadFile, EdgeExitError, UsageError, storage
 from edgeexit.files import digest_of, json_bytes, parse_json, read_bytes, read_json, write_file
 from edgeexit.host.checkpoint import MAX_CHECKPOINT_BYTES, load_checkpoint
-from edgeexit.locks import hold
 from edgeexit.host.prune.engine import training_half
 from edgeexit.host.recipe import DataPart
 from edgeexit.host.study.job import MODEL, Job, Result
@@ -35,6 +34,7 @@ from edgeexit.host.study.trial import (
     digest_of_material,
     tools,
 )
+from edgeexit.locks import hold
 
 FORMAT = 1
 NAME = "search"

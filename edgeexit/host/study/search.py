@@ -17,11 +17,11 @@ import optuna
 from optuna.trial import TrialState
 
 from edgeexit.errors import EdgeExitError, UsageError
-from edgeexit.locks import hold, is_held
 from edgeexit.host.study.executor import Running
 from edgeexit.host.study.folder import Row, Study, accuracy_and_cost
 from edgeexit.host.study.job import Result
 from edgeexit.host.study.space import Space
+from edgeexit.locks import hold, is_held
 
 LOOK_S = 1.0  # how often an idle process looks for what others left
 POLL_S = 0.05

@@ -35,12 +35,12 @@ from edgeexit.host.answers import RealSamples, spread
 from edgeexit.host.checkpoint import MAX_CHECKPOINT_BYTES, Checkpoint, load_checkpoint
 from edgeexit.host.fit import holdout_accuracies
 from edgeexit.host.graph import Graph, analyse, parameters
-from edgeexit.locks import hold
 from edgeexit.host.material import Material
 from edgeexit.host.prune.engine import Progress, prune, training_half
 from edgeexit.host.prune.recipe import prune_recipe
 from edgeexit.host.recipe import DataPart
 from edgeexit.host.study.job import JOB, MODEL, RESULT, Chain, Interval, Job, Leaving, Result
+from edgeexit.locks import hold
 from edgeexit.policy import Confidence, Policy
 
 if TYPE_CHECKING:
