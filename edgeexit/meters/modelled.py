@@ -19,6 +19,7 @@ _KIND = "modelled"
 _STAT = "proc/stat"
 _RATE_HZ = 10.0
 _MOST_HZ = "20"
+_CORES = re.compile(r"^cpu[0-9]+ ", re.MULTILINE)
 
 
 class Modelled(Polled):
@@ -77,22 +78,21 @@ def busy_ticks(text: str) -> int:
 def open_meter(spec: Spec, machine: Machine, device: Device) -> Modelled:
     """The model of *device*: `modelled[,rate=HZ]`."""
     spec.only("rate")
-    if device.idle_w is None or device.busy_w is None:
+    core_w = device.modelled_core_w
+    if device.idle_w is None or core_w is None:
         raise DeviceError(
-            f"meter {spec}: nobody has stated idle_w and busy_w of the device {device.name}",
-            hint=f"copy devices/{device.name}.toml, add a [power] table with its source, and "
-            "give it with --device FILE.toml",
+            f"meter {spec}: nobody has stated the watts of the device {device.name}",
+            hint=f"copy devices/{device.name}.toml, add the facts idle_w and core_w (or busy_w) "
+            "with their source, and name the copy with --device",
         )
-    if device.busy_w <= device.idle_w:
-        raise DeviceError(
-            f"meter {spec}: device {device.name}: busy_w {device.busy_w:g} is not above idle_w "
-            f"{device.idle_w:g}"
-        )
-    cores = len(re.findall(r"^cpu[0-9]+ ", machine.text(_STAT) or "", re.MULTILINE))
+    cores = len(_CORES.findall(machine.text(_STAT) or ""))
     if not cores:
         raise DeviceError(f"{machine.path(_STAT)}: lists no cores")
-    core_w = (device.busy_w - device.idle_w) / cores
-    fact = device.facts.get("power")
+    sources = {
+        key: {"source": fact.source, "verified": fact.verified}
+        for key, fact in device.facts.items()
+        if key in ("idle_w", "busy_w", "core_w")
+    }
     info = MeterInfo(
         kind=_KIND,
         label="modelled",
@@ -100,12 +100,11 @@ def open_meter(spec: Spec, machine: Machine, device: Device) -> Modelled:
         boundary="the whole board at its supply, as far as the model goes; nothing is measured",
         rate_hz=spec.rate_hz(_RATE_HZ, _MOST_HZ),
         details={
-            "idle_w": device.idle_w,
-            "busy_w": device.busy_w,
-            "cores": cores,
             "device": device.name,
-            "source": fact.source if fact else None,
-            "verified": fact.verified if fact else False,
+            "idle_w": device.idle_w,
+            "core_w": core_w,
+            "cores": cores,
+            "sources": sources,
         },
     )
     return Modelled(machine, info, idle_w=device.idle_w, core_w=core_w)
