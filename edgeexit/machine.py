@@ -50,8 +50,8 @@ class Machine:
     def text(self, name: str) -> str | None:
         """The text of the file *name*, None if it does not say."""
         try:
-            with self.path(name).open("rb") as file:
-                return file.read(_MOST_BYTES).decode(errors="replace")
+            with open(self.path(name), "rb", opener=_open_at_once) as file:  # noqa: PTH123
+                return (file.read(_MOST_BYTES) or b"").decode(errors="replace")
         except (OSError, ValueError):
             return None
 
@@ -69,7 +69,7 @@ class Machine:
             found = [str(path.relative_to(self.root)) for path in self.root.glob(pattern)]
         except OSError:
             return []
-        return sorted(found, key=_natural)
+        return sorted(found, key=lambda name: (_natural(name), name))
 
     def run(self, argv: Sequence[str], timeout_s: float = 2.0) -> str | None:
         """What the command *argv* prints; None if it is absent, fails or takes too long."""
@@ -90,6 +90,11 @@ class Machine:
         except (OSError, subprocess.TimeoutExpired, ValueError):
             return None
         return done.stdout.decode(errors="replace") if done.returncode == 0 else None
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    # A pipe without a writer must not hold us up.
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def this_machine() -> Machine:
