@@ -109,6 +109,9 @@ def measure(
         "runtime": runtime_name(),
         "meter": meter,
     }
+    if meter is not None:
+        # A meter that cannot be opened is known before anything is measured, not after.
+        Sampler(meter, machine.root, device, cores).__enter__().stop()
     feel = _Feel(machine)
     with ExitStack() as stack:
         book = None
@@ -146,7 +149,7 @@ def measure(
         energy, failure = None, None
         if meter is not None:
             try:
-                energy = _measure_energy(plan, meter, machine, name, watched, book, on_step)
+                energy = _measure_energy(plan, meter, machine, device, watched, book, on_step)
             except DeviceError as error:
                 failure = f"{error}"
         found = Profile(
