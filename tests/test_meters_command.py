@@ -47,7 +47,6 @@ def forever(line: str) -> str:
         ("5.125W", "", 5125),
         ("5125", ",unit=mW", 5125),
         ("power=5.125 voltage=5.02", ",key=power", 5125),
-        ("power=5.125,voltage=5.02", ",key=power", 5125),
         ("voltage: 5.02 V, power: 5.125 W", ",key=power", 5125),
         ("xpower=1 power = 5.125", ",key=power", 5125),
         ('{"volts": "a", "watts": 5.125}', "", 5125),
@@ -286,6 +285,13 @@ def test_any_line_is_a_sound_value_or_none(
     value = Values(options, "command").value(line)
 
     assert value is None or (math.isfinite(value) and value >= 0)
+
+
+def test_a_comma_parts_values_but_is_no_decimal_point() -> None:
+    values = Values({"key": "power"}, "command")
+
+    assert values.value("voltage=5.02,power=5.125,current=1") == 5125
+    assert values.value("power=5,125") is None
 
 
 @given(value=st.floats(0, 1e9), unit=st.sampled_from(list(POWERS)))
