@@ -7,7 +7,7 @@ every threshold stands at the top with the reason for it. A machine that does no
 (its clock, its temperature) cannot be found guilty of it: unseen lists what it kept to itself.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -46,6 +46,8 @@ _OTHER_LOAD = 0.10
 _OTHER_BURST, _BURST_NS = 0.50, 1e9
 # What a hypervisor takes is missing in the blocks; below 2 % their medians are safe.
 _STEAL = 0.02
+# The kernel counts these in hundredths of a second: shorter stretches show nothing.
+_SHORTEST_NS = 3e8
 # The share of time in which some program waited for a core. Without rivals it is below 1 %.
 _PRESSURE = 0.10
 # A thread that only computes is on its core for 99.9 % of a block; the timer's ticks take the rest.
@@ -167,11 +169,7 @@ def _swap(profile: Profile) -> Iterator[Reason]:
 
 
 def _other_load(profile: Profile) -> Iterator[Reason]:
-    def share(process: Process, first: Reading, last: Reading) -> float | None:
-        busy_ms, own_ms = _grown(first.busy_ms, last.busy_ms), _own_ms(process, first, last)
-        return None if busy_ms is None else _per_time(busy_ms - own_ms, first, last)
-
-    whole, burst = _worst(profile, _whole, share), _worst(profile, _bursts, share)
+    whole, burst = _worst(profile, _others), _worst(profile, _others, _bursts)
     if whole and whole[0] > _OTHER_LOAD:
         yield Reason(kind="load", text=f"other programs took {whole[0]:.0%} of a core {whole[1]}")
     elif burst and burst[0] > _OTHER_BURST:
@@ -179,79 +177,82 @@ def _other_load(profile: Profile) -> Iterator[Reason]:
         yield Reason(kind="load", text=text)
 
 
-def _steal(profile: Profile) -> Iterator[Reason]:
-    def share(process: Process, first: Reading, last: Reading) -> float | None:
-        return _per_time(_grown(first.steal_ms, last.steal_ms), first, last)
+def _others(blocks: Sequence[Block], first: Reading, last: Reading) -> float | None:
+    busy_ms, own_ms = _grown(first.busy_ms, last.busy_ms), _grown(first.own_ms, last.own_ms)
+    used_ms = _used_ms(blocks, first, last)
+    # The readings' own_ms counts a timing process only after its end.
+    return None if busy_ms is None else busy_ms - max(own_ms or 0.0, used_ms)
 
-    worst = _worst(profile, _whole, share)
+
+def _used_ms(blocks: Sequence[Block], first: Reading, last: Reading) -> float:
+    """CPU time behind the blocks: their calls, one more before them, the yardstick's turns."""
+    inside = [block for block in blocks if first.at_ns <= block.at_ns < last.at_ns]
+    # Where no clock counts CPU time, a call's time stands for it.
+    calls_ns = sum((b.calls + 1) * (b.cpu_ns or b.mean_ns) for b in inside)
+    return (calls_ns + sum(_TURNS * b.yardstick_ns for b in inside)) / 1e6
+
+
+def _steal(profile: Profile) -> Iterator[Reason]:
+    worst = _worst(profile, lambda _, first, last: _grown(first.steal_ms, last.steal_ms))
     if worst and worst[0] > _STEAL:
         yield Reason(kind="steal", text=f"the hypervisor took {worst[0]:.1%} of a core {worst[1]}")
 
 
 def _pressure(profile: Profile) -> Iterator[Reason]:
-    def share(process: Process, first: Reading, last: Reading) -> float | None:
-        waited_us = _grown(first.pressure_us, last.pressure_us)
-        return None if waited_us is None else _per_time(waited_us / 1e3, first, last)
-
-    worst = _worst(profile, _whole, share)
-    if worst and worst[0] > _PRESSURE:
-        text = f"programs waited for a core {worst[0]:.0%} of the time {worst[1]}"
+    worst = _worst(profile, lambda _, first, last: _grown(first.pressure_us, last.pressure_us))
+    if worst and worst[0] / 1e3 > _PRESSURE:
+        text = f"programs waited for a core {worst[0] / 1e3:.0%} of the time {worst[1]}"
         yield Reason(kind="pressure", text=text)
 
 
 Stretch = tuple[Reading, Reading]
 
 
-def _whole(process: Process) -> list[Stretch]:
+def _whole(readings: Sequence[Reading]) -> list[Stretch]:
     """From the first reading to the last one."""
-    readings = process.readings
     return [(readings[0], readings[-1])] if len(readings) > 1 else []
 
 
-def _bursts(process: Process) -> list[Stretch]:
+def _bursts(readings: Sequence[Reading]) -> list[Stretch]:
     """Stretches of at least a second that follow each other."""
     found: list[Stretch] = []
-    first = None
-    for reading in process.readings:
-        if first is None:
-            first = reading
-        elif reading.at_ns - first.at_ns >= _BURST_NS:
-            found.append((first, reading))
-            first = reading
-    return found
+    for reading in readings:
+        if not found or found[-1][1].at_ns - found[-1][0].at_ns >= _BURST_NS:
+            found.append((found[-1][1] if found else reading, reading))
+        else:
+            found[-1] = (found[-1][0], reading)
+    return [(a, b) for a, b in found if b.at_ns - a.at_ns >= _BURST_NS]
 
 
 def _worst(
     profile: Profile,
-    stretches: Callable[[Process], list[Stretch]],
-    share: Callable[[Process, Reading, Reading], float | None],
+    grown: Callable[[Sequence[Block], Reading, Reading], float | None],
+    stretches: Callable[[Sequence[Reading]], list[Stretch]] = _whole,
 ) -> tuple[float, str] | None:
-    """The largest share of all stretches, and where it was."""
-    found = [
-        (value, f"(process {number} of {len(profile.processes)})")
-        for number, process in enumerate(profile.processes, 1)
-        for first, last in stretches(process)
-        if (value := share(process, first, last)) is not None
-    ]
+    """How much grew in a millisecond of the worst stretch of a process, and of which one."""
+    found = []
+    for where, blocks, readings in _spells(profile):
+        for first, last in stretches(readings):
+            value, spent_ns = grown(blocks, first, last), last.at_ns - first.at_ns
+            if value is not None and spent_ns >= _SHORTEST_NS:
+                found.append((value / spent_ns * 1e6, where))
     return max(found, default=None)
 
 
-def _own_ms(process: Process, first: Reading, last: Reading) -> float:
-    """CPU time that was ours between two readings."""
-    # A reading of the parent counts the timing process only after its end; what that used is told
-    # by its blocks: the calls, one more before them, and the turns of the yardstick.
-    blocks = [block for block in process.blocks if first.at_ns <= block.at_ns < last.at_ns]
-    used_ns = sum((b.calls + 1) * b.cpu_ns + _TURNS * b.yardstick_ns for b in blocks)
-    return max(_grown(first.own_ms, last.own_ms) or 0.0, used_ns / 1e6)
+def _spells(profile: Profile) -> Iterator[tuple[str, Sequence[Block], Sequence[Reading]]]:
+    """Each process, and the whole run with the time between processes."""
+    for number, process in enumerate(profile.processes, 1):
+        where = f"(process {number} of {len(profile.processes)})"
+        yield where, process.blocks, process.readings
+    blocks = [block for process in profile.processes for block in process.blocks]
+    first, last = profile.before, profile.after
+    # A run that was resumed began under another parent, whose count of own_ms is not this one's.
+    if (_grown(first.own_ms, last.own_ms) or 0.0) >= _used_ms(blocks, first, last):
+        yield "(whole run)", blocks, (first, last)
 
 
 def _grown(first: float | None, last: float | None) -> float | None:
     return None if first is None or last is None else last - first
-
-
-def _per_time(ms: float | None, first: Reading, last: Reading) -> float | None:
-    spent_ms = (last.at_ns - first.at_ns) / 1e6
-    return None if ms is None or spent_ms <= 0 else ms / spent_ms
 
 
 # ---------------------------------------------------------------- the timing process

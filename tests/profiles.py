@@ -65,11 +65,13 @@ def built_profile(
     cases = more.pop("cases", all_cases(exits))
     price = cost or (lambda case: added_cost(case, exits))
     costs = [price(case) for case in cases]
-    now_ns, busy_ms = 10**12, 5e6
+    now_ns, busy_ms, ended_ms = 10**12, 5e6, 0.0
     found: list[Process] = []
     for number in range(processes):
         now_ns += 300_000_000
-        began_ns, own_ms = now_ns, 900.0
+        # A process starts for 300 ms; the parent sees what it used when it has ended.
+        busy_ms += 300.0
+        began_ns, own_ms = now_ns, ended_ms
         lucky = np.exp(luck * rng.normal(size=len(cases)))
         mine = yardstick_ns * float(np.exp(0.001 * rng.normal()))
         blocks: list[Block] = []
@@ -93,9 +95,10 @@ def built_profile(
                 )
                 now_ns += int((calls + 1) * mean_ns + 9 * mine) + 100_000
             took_ms = (now_ns - start_ns) / 1e6
-            own_ms += took_ms
+            ended_ms += took_ms
             busy_ms += took_ms * float(rng.uniform(1.0, 1.02))
             readings.append(_reading(now_ns, busy_ms, own_ms))
+        ended_ms += 300.0
         found.append(
             Process(
                 seed=number,
@@ -123,8 +126,8 @@ def built_profile(
         "cases": cases,
         "processes": tuple(found),
         "machine": MACHINE,
-        "before": replace(_reading(10**12 - 10**9, 4.9e6, 0.0), clocks_mhz=(600.0,)),
-        "after": _reading(now_ns + 10**8, busy_ms, 0.0),
+        "before": replace(_reading(10**12 - 10**8, 5e6, 0.0), clocks_mhz=(600.0,)),
+        "after": _reading(now_ns + 10**8, busy_ms, ended_ms),
         "measured_at": "2026-01-02T03:04:05Z",
     }
     return Profile(**{**fields, **more})

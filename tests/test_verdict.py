@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import EXITS, built_profile, slowed, watched_cases, with_blocks, with_readings
+from simulated import ClockFall, Event, Hog, Nature, Pause, SimulatedMachine, Slower
 
 from edgeexit.blocks import (
     CLEAN,
@@ -175,7 +176,7 @@ def test_a_hog_for_a_second_disturbs() -> None:
     began = middle.began_ns + 10**9
 
     def hog(_: float, reading: Reading) -> Reading:
-        extra = min(max(reading.at_ns - began, 0), 1.2e9) / 1e6
+        extra = min(max(reading.at_ns - began, 0), 0.9e9) / 1e6
         assert reading.busy_ms is not None
         return replace(reading, busy_ms=reading.busy_ms + extra)
 
@@ -184,9 +185,19 @@ def test_a_hog_for_a_second_disturbs() -> None:
 
 def test_our_own_time_is_no_other_load_whoever_counts_it() -> None:
     """Readings are the parent's: it sees its child's time only once that has ended."""
-    apart = with_readings(QUIET, lambda _, reading: replace(reading, own_ms=10.0))
-    assert judge(apart).status == CLEAN
-    assert "other programs" in disturbed_by(with_readings(apart, growing("busy_ms", 0.5)))
+    counted = with_readings(QUIET, lambda _, reading: replace(reading, own_ms=reading.busy_ms))
+    assert judge(counted).status == CLEAN
+    assert "other programs" in disturbed_by(with_readings(counted, growing("busy_ms", 0.5)))
+
+
+def test_a_hog_between_processes_is_seen_over_the_whole_run() -> None:
+    assert QUIET.after.busy_ms is not None
+    after = replace(QUIET.after, busy_ms=QUIET.after.busy_ms + 6000)
+    assert "(whole run)" in disturbed_by(replace(QUIET, after=after))
+
+
+def test_a_resumed_run_whose_parent_knows_nothing_of_earlier_processes_is_not_blamed() -> None:
+    assert judge(replace(QUIET, after=replace(QUIET.after, own_ms=50.0))).status == CLEAN
 
 
 def test_time_that_a_hypervisor_takes_disturbs() -> None:
@@ -284,6 +295,32 @@ def test_blocks_that_resemble_their_neighbours_disturb() -> None:
     assert "autocorrelation" in kinds(profile)
 
 
+# ---------------------------------------------------------------- a simulated machine
+
+
+EVENTS: dict[str, tuple[list[Event], set[str]]] = {
+    "hog": ([Hog(at_s=2.1, until_s=7.0)], {"load", "off-core"}),
+    "clock": ([ClockFall(at_s=3.0, share=0.83)], {"throttled", "frequency-capped", "clock"}),
+    "moment": ([ClockFall(at_s=3.0, until_s=4.0, share=0.6)], {"throttled", "clock"}),
+    "slower": ([Slower(at_s=3.0, factor=1.1)], {"step"}),
+    # A pause between processes would harm nothing.
+    "pauses": ([Pause(at_s=at_s, length_s=0.3) for at_s in (2.1, 2.9, 3.7)], {"paused"}),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_what_befalls_a_simulated_machine_is_noticed(name: str) -> None:
+    events, wanted = EVENTS[name]
+    profile = SimulatedMachine(Nature(), seed=0, events=events).profile()
+    assert profile.verdict.status == DISTURBED
+    assert wanted <= {reason.kind for reason in profile.verdict.reasons}, profile.verdict
+
+
+def test_quiet_simulated_machines_are_clean() -> None:
+    verdicts = [SimulatedMachine(Nature(), seed).profile().verdict for seed in range(20)]
+    assert [v.status for v in verdicts].count(CLEAN) >= 19, [str(v) for v in verdicts]
+
+
 # ---------------------------------------------------------------- figures, order
 
 
@@ -324,7 +361,8 @@ def test_the_unit_of_time_does_not_matter(factor: float) -> None:
         single = slowed(block, factor)
         return replace(single, calls=max(1, round(block.calls / factor)))
 
-    assert judge(with_blocks(QUIET, scaled)).status == CLEAN
+    silent = replace(QUIET, processes=tuple(replace(p, readings=()) for p in QUIET.processes))
+    assert judge(with_blocks(silent, scaled)).status == CLEAN
 
 
 def test_the_full_set_and_the_network_without_exits_decide() -> None:
