@@ -111,7 +111,8 @@ def measure(
     }
     if meter is not None:
         # A meter that cannot be opened is known before anything is measured, not after.
-        Sampler(meter, machine.root, device, cores).__enter__().stop()
+        with Sampler(meter, machine.root, device, cores):
+            pass
     feel = _Feel(machine)
     with ExitStack() as stack:
         book = None

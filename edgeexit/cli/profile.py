@@ -1,6 +1,8 @@
 """`edgeexit profile`: measure what each exit costs on this machine."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,8 @@ def command(
     limits = Limits(processes=processes, precision=precision, time_cap_s=time_cap_s)
     if mode == PACED and rate is None:
         rate = 5.0
-    with _live(report.live_line) as show:
+    book = path.with_name(f"{path.name}.part")
+    with _live(report.live_line) as show, _resumable(book):
         found = instrument.measure(
             bundle,
             name,
@@ -130,7 +133,7 @@ def command(
             cores=kind.pin if cores is None else cores,
             limits=limits,
             meter=None if meter == "none" else meter,
-            notebook=path.with_name(f"{path.name}.part"),
+            notebook=book,
             resume=resume,
             on_step=show,
             save=lambda profile: profile.save(path),
@@ -149,6 +152,17 @@ def command(
             f"{path}: {found.verdict}",
             hint="edgeexit doctor tells what can be mended; then measure again",
         )
+
+
+@contextmanager
+def _resumable(book: Path) -> Iterator[None]:
+    """Say how to go on when Ctrl-C stops what has begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if book.exists():
+            click.echo(f"{book}: what is finished; --resume goes on with it", err=True)
+        raise
 
 
 class _live:  # noqa: N801
