@@ -1,14 +1,15 @@
 """
 Choose exits and thresholds: a record and a profile in, a policy out.
 
-Callers see choose and check_inputs. choose is pure: it picks on the split `tuning` the cheapest
-policy whose rate of harmful flips (answers that are wrong where the full network is right) is
-shown to lie within the target, and then checks it once on the split `certificate`. That is a
-check, not a guarantee: the search has looked at many policies before.
+Callers see choose, check_verdict and check_inputs. choose is pure: it picks on the split `tuning`
+the cheapest policy whose rate of harmful flips (answers that are wrong where the full network is
+right) is shown to lie within the target, and then checks it once on the split `certificate`. That
+is a check, not a guarantee: the search has looked at many policies before. Hidden here: which
+sets of exits are worth a search.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +17,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit import __version__, bounds
+from edgeexit.blocks import DISTURBED, EMULATED, Kept, Verdict
 from edgeexit.bundle import Bundle
-from edgeexit.errors import BadFile, OutOfReach, UsageError
+from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.evaluate import Record
 from edgeexit.files import digest_of, json_bytes
 from edgeexit.names import choose as choose_name
 from edgeexit.overlap import SIGNIFICANCE, Bloom, overlap_count
 from edgeexit.policy import ALWAYS, DROPPED, MEASURES, Confidence, Policy
-from edgeexit.profile import Kept, Profile
+from edgeexit.prices import Prices
+from edgeexit.profile import Profile
 from edgeexit.search import cheapest, leaves_at
+from edgeexit.verdict import judge
 
 TUNING, CERTIFICATE = "tuning", "certificate"
+
+# All sets of kept exits are searched as long as there are so few early exits.
+_ALL_SETS_UP_TO = 5
+# With more, those with so many early exits, and the best of them as long as one more pays.
+_PAIRS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Choice:
-    kept: Kept  # whose measured costs were used
+    kept: Kept  # whose costs were used
     thresholds: tuple[float, ...]  # of the kept exits but the last
     measure: str
     cost_ns: float
@@ -45,15 +54,17 @@ def choose(
     measure: str | None = None,
     *,
     confidence: float = 0.95,
+    accept_disturbed: bool = False,
 ) -> Policy:
     """
     The cheapest policy on `tuning` within *max_accuracy_drop*, checked on `certificate`.
 
     Within means: the one-sided upper bound (exact binomial, at *confidence*) of the rate of
-    harmful flips. *measure* is a name in MEASURES; None tries all and takes the cheapest. Only
-    sets of exits that the profile measured are looked at. OutOfReach if there are too few
-    samples or the check fails, UsageError for a senseless target or a missing split, BadFile if
-    record and profile are not of one bundle.
+    harmful flips. *measure* is a name in MEASURES; None tries all and takes the cheapest. Sets of
+    exits that the profile did not time are priced from the parts of those it did; the policy's
+    provenance says which ("measured" or "fitted"), and what the profile's verdict was. OutOfReach
+    if there are too few samples or the check fails, UsageError for a senseless target or a missing
+    split, BadFile if record and profile are not of one bundle, Disturbed as check_verdict.
     """
     bounds.check_rate(max_accuracy_drop)
     names = list(MEASURES) if measure is None else [measure]
@@ -65,6 +76,7 @@ def choose(
             f"the profile of {profile.bundle_digest[:12]}",
             hint="make both with the same bundle",
         )
+    verdict = check_verdict(profile, accept_disturbed=accept_disturbed)
     tuning, certificate = _rows(record, TUNING), _rows(record, CERTIFICATE)
     allowed = bounds.most_allowed(len(tuning), max_accuracy_drop, confidence)
     if allowed < 0:
@@ -76,11 +88,10 @@ def choose(
         )
     correct = record.correct()
     harmful = correct[:, -1:] & ~correct
-    best = _full(profile)
-    scores: dict[str, NDArray[np.float32]] = {}
+    best, prices = _full(profile), Prices(profile)
     for name in names:
-        scores[name] = _confidences(record, name)
-        found = _cheapest(scores[name][tuning], harmful[tuning], profile, allowed, name)
+        scores = _confidences(record, name)[tuning]
+        found = _cheapest(scores, harmful[tuning], prices, allowed, name)
         if found is not None and found.cost_ns < best.cost_ns * (1 - 1e-9):
             best = found
     # The full network needs no confidence; name one that exists.
@@ -95,10 +106,8 @@ def choose(
             f"{max_accuracy_drop:.2%}; no policy written",
             hint="tuning and certificate samples differ, or are few: label more samples",
         )
-    static = _best_static(harmful[tuning], profile, allowed)
-    expected = _expected(
-        profile, best, thresholds, leaves[certificate], correct[certificate], static
-    )
+    static = _best_static(harmful[tuning], prices, allowed)
+    expected = _expected(prices, thresholds, leaves[certificate], correct[certificate], static)
     return Policy(
         device=profile.device,
         bundle_digest=record.bundle_digest,
@@ -124,7 +133,9 @@ def choose(
             },
             "calibration_set": {"name": record.set_name, "digest": record.set_digest},
             "record": digest_of(record.to_bytes()),
+            "costs": prices.origin(tuple(expected["exit_ms"])),
             "profile": digest_of(json_bytes(profile.to_document())),
+            "profile_verdict": verdict.to_document(),
             "runtime": profile.runtime,
             "threads": profile.threads,
         },
@@ -156,7 +167,7 @@ def _full(profile: Profile) -> _Choice:
         kept=profile.exits[-1:],
         thresholds=(),
         measure="max_prob",
-        cost_ns=profile.full.value_ns,
+        cost_ns=profile.value_ns(profile.full),
         proven=True,
     )
 
@@ -164,31 +175,64 @@ def _full(profile: Profile) -> _Choice:
 def _cheapest(
     scores: NDArray[np.float32],
     harmful: NDArray[np.bool_],
-    profile: Profile,
+    prices: Prices,
     allowed: int,
     measure: str,
 ) -> _Choice | None:
-    """The cheapest choice over all measured sets that keep the final exit and one more."""
-    best: _Choice | None = None
-    for kept in profile.kept_sets():
-        costs = profile.costs_ns(kept)
-        if kept[-1] != profile.exits[-1] or len(kept) < 2 or costs is None:
-            continue
-        # An exit that costs as much as a later one pays nothing: the set without it is looked
-        # at too, and the search wants rising costs.
-        if any(b <= a for a, b in itertools.pairwise(costs)):
-            continue
-        columns = [profile.exits.index(name) for name in kept[:-1]]
-        found = cheapest(scores[:, columns], harmful[:, columns], costs, allowed)
-        if best is None or found.cost < best.cost_ns:
-            best = _Choice(
-                kept=kept,
-                thresholds=found.thresholds,
-                measure=measure,
-                cost_ns=found.cost,
-                proven=found.proven,
-            )
+    """The cheapest choice over all sets that keep the final exit and one more."""
+    exits = prices.profile.exits
+    tried: dict[Kept, _Choice | None] = {}
+
+    def search(early: Iterable[str]) -> _Choice | None:
+        chosen = set(early)
+        kept = tuple(name for name in exits if name in chosen or name == exits[-1])
+        if kept not in tried:
+            tried[kept] = _best_of(kept, scores, harmful, prices, allowed, measure)
+        return tried[kept]
+
+    names = exits[:-1]
+    is_small = len(names) <= _ALL_SETS_UP_TO
+    for size in range(1, (len(names) if is_small else _PAIRS) + 1):
+        for early in itertools.combinations(names, size):
+            search(early)
+    best = _least(tried.values())
+    while best is not None and not is_small:
+        better = _least([best, *(search([*best.kept, name]) for name in names)])
+        if better is best:
+            break
+        best = better
     return best
+
+
+def _least(choices: Iterable[_Choice | None]) -> _Choice | None:
+    """The cheapest of *choices*, the first of equals."""
+    found = [choice for choice in choices if choice is not None]
+    return min(found, key=lambda choice: choice.cost_ns, default=None)
+
+
+def _best_of(
+    kept: Kept,
+    scores: NDArray[np.float32],
+    harmful: NDArray[np.bool_],
+    prices: Prices,
+    allowed: int,
+    measure: str,
+) -> _Choice | None:
+    """The best thresholds for the *kept* exits; None if they have no price, or pay nothing."""
+    costs = prices.costs_ns(kept)
+    # An exit that costs as much as a later one pays nothing: the set without it is looked at too,
+    # and the search wants rising costs.
+    if costs is None or any(b <= a for a, b in itertools.pairwise(costs)):
+        return None
+    columns = [prices.profile.exits.index(name) for name in kept[:-1]]
+    found = cheapest(scores[:, columns], harmful[:, columns], costs, allowed)
+    return _Choice(
+        kept=kept,
+        thresholds=found.thresholds,
+        measure=measure,
+        cost_ns=found.cost,
+        proven=found.proven,
+    )
 
 
 def _spread(exits: Sequence[str], choice: _Choice) -> tuple[float, ...]:
@@ -211,37 +255,35 @@ def _check(flips: NDArray[np.bool_], target: float, confidence: float) -> dict[s
     }
 
 
-def _best_static(harmful: NDArray[np.bool_], profile: Profile, allowed: int) -> tuple[str, float]:
+def _best_static(harmful: NDArray[np.bool_], prices: Prices, allowed: int) -> tuple[str, float]:
     """The cheapest single exit, cut out alone, that is itself within the budget; its ns."""
-    found = (profile.exits[-1], profile.full.value_ns)
+    profile = prices.profile
+    found = (profile.exits[-1], profile.value_ns(profile.full))
     for k, name in enumerate(profile.exits[:-1]):
-        case = profile.case((name,), name)
-        if case is None or int(harmful[:, k].sum()) > allowed:
-            continue
-        if case.value_ns < found[1]:
-            found = (name, case.value_ns)
+        cost = prices.costs_ns((name,))
+        if cost is not None and int(harmful[:, k].sum()) <= allowed and cost[0] < found[1]:
+            found = (name, cost[0])
     return found
 
 
 def _expected(
-    profile: Profile,
-    choice: _Choice,
+    prices: Prices,
     thresholds: Sequence[float],
     leaves: NDArray[np.int64],
     correct: NDArray[np.bool_],
     static: tuple[str, float],
 ) -> dict[str, Any]:
     """What to expect on new samples, read off the certificate split, costs off the profile."""
+    profile = prices.profile
     exits = profile.exits
     rates = np.bincount(leaves, minlength=len(exits)) / len(leaves)
     # An exit that nobody leaves at may have been dropped after the search: a smaller set.
     pairs = zip(exits, (*thresholds, ALWAYS), strict=True)
     kept = tuple(name for name, threshold in pairs if threshold < DROPPED)
-    priced = kept if profile.costs_ns(kept) is not None else choice.kept
-    costs = dict(zip(priced, profile.costs_ns(priced) or [], strict=True))
+    costs = dict(zip(kept, prices.costs_ns(kept) or [], strict=True))
     mean_ns = float(sum(rates[exits.index(name)] * cost for name, cost in costs.items()))
     right = correct[np.arange(len(leaves)), leaves]
-    full_ns = profile.full.value_ns
+    full_ns = profile.value_ns(profile.full)
     return {
         "split": CERTIFICATE,
         "samples": len(leaves),
@@ -258,6 +300,7 @@ def _expected(
         "best_static_ms": static[1] / 1e6,
         "speed_up_full": full_ns / mean_ns,
         "speed_up_static": static[1] / mean_ns,
+        **prices.energy(costs, dict(zip(exits, rates.tolist(), strict=True))),
     }
 
 
@@ -267,6 +310,28 @@ def best_static_exit(policy: Policy) -> str:
 
 
 # ---------------------------------------------------------------- inputs that must fit
+
+
+def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdict:
+    """
+    What the values of *profile*, judged anew, say about it; what it says itself is not asked.
+
+    Disturbed if the machine was not itself meanwhile or is emulated, unless *accept_disturbed*.
+    A profile that has not converged passes: its costs are right, but less sure than asked for.
+    """
+    verdict = judge(profile)
+    if verdict.status in (DISTURBED, EMULATED) and not accept_disturbed:
+        where = (
+            f"on the {profile.device} itself"
+            if verdict.status == EMULATED
+            else "while nothing else runs"
+        )
+        raise Disturbed(
+            f"the profile of {profile.bundle_name} cannot be trusted: {verdict}",
+            hint=f"measure again {where} with: edgeexit profile; or take it as it is with "
+            "--accept-disturbed",
+        )
+    return verdict
 
 
 def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) -> None:

@@ -9,7 +9,9 @@ from tiny import tiny_model
 from edgeexit.blocks import CLEAN, Block, Case, Kept, Mode, Process, Verdict
 from edgeexit.bundle import Bundle, write_bundle
 from edgeexit.dissect import Dissection, SegmentCost
+from edgeexit.energy import FEWEST_WINDOWS, IDLE, Energy, Trace, Window
 from edgeexit.evaluate import Record
+from edgeexit.meters import MeterInfo, Sample
 from edgeexit.paths import kept_sets
 from edgeexit.policy import Policy
 from edgeexit.preprocess import Preprocess
@@ -66,9 +68,10 @@ def made_record(
     seed: int = 0,
     skill: tuple[float, ...] = (3.0, 5.0, 7.0),
     shift: float = 0.0,
+    exits: Sequence[str] = EXITS,
 ) -> Record:
     """
-    Int8 logits of three exits on ten classes; later exits know more, hard samples less.
+    Int8 logits of *exits* on ten classes; later exits know more, hard samples less.
 
     The certificate repeats the logits of tuning, so that its check cannot fail by bad luck; with
     *shift* that share of it is confidently wrong at all but the final exit.
@@ -92,7 +95,7 @@ def made_record(
         ids=np.array([str(k) for k in range(count)]),
         digests=rng.integers(0, 256, (count, 16), np.uint8),
         splits=np.array(["tuning"] * tuning + ["certificate"] * certificate),
-        exits=EXITS,
+        exits=tuple(exits),
         specs=tuple(
             TensorSpec(name=f"l{k}", shape=(1, 10), dtype="int8", scale=0.1, zero_point=0)
             for k in range(len(skill))
@@ -190,6 +193,8 @@ def made_profile(
         "precision": 0.02,
         "machine": {},
         "verdict": Verdict(status=CLEAN),
+        "before": Reading(at_ns=0),
+        "after": Reading(at_ns=processes * 10**9),
         **more,
     }
     return Profile(
@@ -203,10 +208,37 @@ def made_profile(
         time_cap_s=20.0,
         cases=tuple(cases),
         processes=tuple(made),
-        before=Reading(at_ns=0),
-        after=Reading(at_ns=processes * 10**9),
         **facts,  # type: ignore[arg-type]
     )
+
+
+def made_energy(
+    profile: Profile,
+    pairs: Iterable[tuple[Kept, str]],
+    power_mw: float = 3000.0,
+    idle_mw: float = 1000.0,
+    label: str = "external",
+) -> Energy:
+    """Joules of the paths (kept, exit) in *pairs*, at the same power for all, in windows of 4 s."""
+    cases = [profile.case(kept, exit) for kept, exit in pairs]
+    places = [IDLE, *(profile.cases.index(case) for case in cases if case is not None)]
+    windows, samples, now_s = [], [], 1.0
+    for place in [*places * FEWEST_WINDOWS, IDLE]:
+        call_ns = 0.0 if place == IDLE else profile.value_ns(profile.cases[place])
+        windows.append(
+            Window(
+                case=place,
+                began_ns=int(now_s * 1e9),
+                ended_ns=int((now_s + 4) * 1e9),
+                calls=0 if place == IDLE else round(4e9 / call_ns),
+            )
+        )
+        mw = idle_mw if place == IDLE else power_mw
+        times_s = [now_s + k / 20 for k in range(80)]
+        samples += [Sample(at_ns=int(t * 1e9), power_mw=mw) for t in times_s]
+        now_s += 4
+    info = MeterInfo(kind="made", label=label, instrument="none", boundary="all of it", rate_hz=20)
+    return Energy(info=info, trace=Trace.of(samples), windows=tuple(windows))
 
 
 def made_policy(**more: object) -> Policy:

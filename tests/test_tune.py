@@ -3,13 +3,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import DIGEST, EXITS, made_profile, made_record, small_bundle
+from small import DIGEST, EXITS, made_energy, made_profile, made_record, small_bundle
 
 from edgeexit import bounds, tune
-from edgeexit.errors import BadFile, OutOfReach, UsageError
+from edgeexit.cli import entry
+from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.overlap import Bloom
 from edgeexit.policy import DROPPED, Confidence, Policy
 from edgeexit.search import leaves_at
+from edgeexit.state import Reading
 
 
 def harmful_on(record, policy: Policy, split: str) -> int:
@@ -144,3 +146,147 @@ def test_inputs_of_something_else_or_used_before_are_refused(tmp_path) -> None:
     twice[2000:2007] = twice[:7]
     with pytest.raises(BadFile, match="7 samples are in both"):
         check(plain, record=replace(record, digests=twice))
+
+
+# ---------------------------------------------------------------- sets that were not timed
+
+SIX = ("a", "b", "c", "d", "e", "f")
+SKILL = (0.0, 4.0, 0.0, 5.5, 0.0, 8.0)
+
+
+def six_exits():
+    """A record of 600 tuning samples, and a profile of costs that add up."""
+    record = made_record(600, 600, exits=SIX, skill=SKILL)
+    return record, made_profile([60e3] * 6, head=8e3, exits=SIX)
+
+
+def test_with_many_exits_sets_that_were_not_timed_are_priced_and_marked() -> None:
+    record, profile = six_exits()
+    policy = tune.choose(record, profile, 0.02, "max_prob")
+    costs = policy.provenance["costs"]
+
+    assert policy.kept not in profile.kept_sets()
+    assert costs["origin"] == "fitted"
+    assert costs["kept"] == list(policy.kept)
+    assert costs["worst_residual"] < 1e-6
+    for name, ms in policy.expected["exit_ms"].items():
+        heads = policy.kept.index(name) + 1
+        assert ms == pytest.approx((60e3 * (SIX.index(name) + 1) + 8e3 * heads) / 1e6)
+
+
+def test_beyond_five_early_exits_sets_grow_only_while_one_more_pays(monkeypatch) -> None:
+    record, profile = six_exits()
+    exact = tune.choose(record, profile, 0.02, "max_prob")
+    monkeypatch.setattr(tune, "_ALL_SETS_UP_TO", 1)
+    stepwise = tune.choose(record, profile, 0.02, "max_prob")
+
+    assert stepwise.provenance["tuning"]["mean_ms"] == pytest.approx(
+        exact.provenance["tuning"]["mean_ms"], rel=0.02
+    )
+
+
+def test_sets_that_were_timed_are_marked_so() -> None:
+    policy = tune.choose(made_record(), made_profile(), 0.01)
+
+    assert policy.provenance["costs"] == {"origin": "measured", "kept": list(policy.kept)}
+
+
+def test_a_profile_of_the_full_set_alone_still_makes_a_policy() -> None:
+    # As in paced mode: nothing else can be priced from it.
+    profile = made_profile(sets=[EXITS, EXITS[-1:]])
+    policy = tune.choose(made_record(), profile, 0.01)
+
+    assert policy.kept in (EXITS, EXITS[-1:])
+    assert policy.provenance["costs"]["origin"] == "measured"
+
+
+# ---------------------------------------------------------------- what a profile is worth
+
+THROTTLED = {"after": Reading(at_ns=9 * 10**9, throttled=4)}
+
+
+def test_a_disturbed_profile_is_refused_with_its_reason_unless_accepted() -> None:
+    record, profile = made_record(), made_profile(**THROTTLED)
+
+    with pytest.raises(Disturbed, match="throttled") as caught:
+        tune.choose(record, profile, 0.01)
+    assert "--accept-disturbed" in caught.value.hint
+    policy = tune.choose(record, profile, 0.01, accept_disturbed=True)
+    assert policy.provenance["profile_verdict"]["status"] == "disturbed"
+
+
+def test_what_the_profile_says_of_itself_does_not_count() -> None:
+    # made_profile carries the verdict "clean", whatever its readings say.
+    assert made_profile(**THROTTLED).verdict.status == "clean"
+    with pytest.raises(Disturbed):
+        tune.check_verdict(made_profile(**THROTTLED))
+
+
+def test_an_emulated_machine_is_refused_and_sends_to_the_board() -> None:
+    profile = made_profile(device="rpi4", emulated="qemu-user runs this program")
+
+    with pytest.raises(Disturbed, match="qemu-user") as caught:
+        tune.check_verdict(profile)
+    assert "on the rpi4 itself" in caught.value.hint
+
+
+def test_a_profile_that_has_not_converged_is_noted_in_the_policy() -> None:
+    policy = tune.choose(made_record(), made_profile(jitter=0.05, drift=0.05), 0.01)
+    verdict = policy.provenance["profile_verdict"]
+
+    assert verdict["status"] == "not converged"
+    assert verdict["reasons"]
+
+
+def test_the_command_refuses_warns_and_writes(tmp_path, capsys) -> None:
+    bundle = small_bundle(tmp_path)
+    record = replace(made_record(), bundle_digest=bundle.digest)
+    record.save(tmp_path / "r.npz")
+    profile = made_profile(bundle_digest=bundle.digest, **THROTTLED)
+    profile.save(tmp_path / "p.json")
+    command = ["tune", str(bundle.path), "--device", "host", "--measure", "margin"]
+    command += ["--record", str(tmp_path / "r.npz"), "--profile", str(tmp_path / "p.json")]
+
+    assert entry(command) == Disturbed.exit_code
+    assert "DISTURBED" in capsys.readouterr().err
+    assert bundle.policy_for("host") is None
+    assert entry([*command, "--accept-disturbed"]) == 0
+    said = capsys.readouterr()
+    assert "p.json: DISTURBED" in said.err
+    assert "DISTURBED" in said.out
+    assert bundle.policy_for("host") is not None
+
+
+# ---------------------------------------------------------------- joules
+
+
+def test_joules_of_the_profile_reach_the_policy_with_their_label() -> None:
+    plain = made_profile()
+    pairs = [*((EXITS, name) for name in EXITS), (EXITS[-1:], EXITS[-1])]
+    profile = replace(plain, energy=made_energy(plain, pairs, power_mw=3000.0, label="partial"))
+    expected = tune.choose(made_record(), profile, 0.01).expected
+
+    # At the same power everywhere, joules follow the time: 3 W times ms is mJ / 3.
+    assert expected["energy_label"] == "partial"
+    assert expected["full_mj"] == pytest.approx(3 * expected["full_ms"], rel=0.01)
+    assert expected["mean_mj"] == pytest.approx(3 * expected["mean_ms"], rel=0.01)
+
+
+def test_a_smaller_set_takes_its_time_at_the_power_of_the_same_exits() -> None:
+    plain = made_profile((100e3, 1.0, 100e3), head=20e3)
+    pairs = [*((EXITS, name) for name in EXITS), (EXITS[-1:], EXITS[-1])]
+    profile = replace(plain, energy=made_energy(plain, pairs))
+    policy = tune.choose(made_record(), profile, 0.01)
+
+    assert policy.kept != EXITS
+    assert policy.expected["energy_origin"] == "fitted"
+    assert policy.expected["mean_mj"] == pytest.approx(3 * policy.expected["mean_ms"], rel=0.01)
+
+
+def test_without_joules_of_the_whole_network_none_are_promised() -> None:
+    plain = made_profile()
+    energy = made_energy(plain, [(EXITS, name) for name in EXITS])
+    expected = tune.choose(made_record(), replace(plain, energy=energy), 0.01).expected
+
+    assert "mean_mj" not in expected
+    assert "mean_mj" not in tune.choose(made_record(), plain, 0.01).expected

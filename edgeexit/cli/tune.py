@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeexit.cli import progress
-from edgeexit.errors import UsageError
+from edgeexit.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
     help="share of samples that may become wrong (0.01 = 1 %)",
 )
 @click.option("--measure", help="confidence measure (default: the cheapest of all)")
+@click.option(
+    "--accept-disturbed",
+    is_flag=True,
+    help="take a profile that was disturbed, or measured on an emulated machine",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the policy instead of tables")
 def command(
     bundle_path: Path | None,
@@ -50,6 +55,7 @@ def command(
     device_name: str | None,
     max_accuracy_drop: float,
     measure: str | None,
+    accept_disturbed: bool,
     as_json: bool,
 ) -> None:
     """
@@ -60,9 +66,12 @@ def command(
     edgeexit tune fashion.edgeexit --device rpi4 --profile profile-rpi4.json
 
     Chosen on the split `tuning`, then checked once on `certificate`; a failing check writes
-    nothing and exits 7. The policy goes to BUNDLE/policies/DEVICE.json.
+    nothing and exits 7. The policy goes to BUNDLE/policies/DEVICE.json. A profile that was
+    disturbed is refused (exit 6); one that has not converged gives a warning. Either stands in
+    the policy.
     """
     from edgeexit import bounds, device, names, report, tune
+    from edgeexit.blocks import CLEAN
     from edgeexit.bundle import load_bundle
     from edgeexit.evaluate import Record
     from edgeexit.files import json_bytes
@@ -80,9 +89,14 @@ def command(
             f"{source}: no profile", hint=f"make it with: edgeexit profile --device {name}"
         )
     profile = Profile.load(source)
+    verdict = tune.check_verdict(profile, accept_disturbed=accept_disturbed)
+    if verdict.status != CLEAN:
+        click.echo(f"warning: {source}: {printable(str(verdict))}", err=True)
     record = Record.load(record_path) if record_path else _fresh_record(bundle, calibration)
     tune.check_inputs(bundle, record, profile, name)
-    policy = tune.choose(record, profile, max_accuracy_drop, measure)
+    policy = tune.choose(
+        record, profile, max_accuracy_drop, measure, accept_disturbed=accept_disturbed
+    )
     path = bundle.policy_path(name)
     policy.save(path)
     if as_json:
