@@ -338,9 +338,9 @@ def test_a_meter_slower_than_it_says_disturbs() -> None:
 def test_a_costly_sampler_disturbs() -> None:
     energy, _ = measured(STEADY, FINE, 0)
 
-    assert dataclasses.replace(energy, sampler_share=0.005).reasons() == energy.reasons()
+    assert dataclasses.replace(energy, sampler_share=0.01).reasons() == energy.reasons()
     assert any(
-        "2.0% of a core" in r for r in dataclasses.replace(energy, sampler_share=0.02).reasons()
+        "8.0% of a core" in r for r in dataclasses.replace(energy, sampler_share=0.08).reasons()
     )
 
 
