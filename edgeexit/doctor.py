@@ -22,7 +22,8 @@ from edgeexit.device import Device, find_device, identify
 from edgeexit.errors import DeviceError, EdgeExitError, UsageError
 from edgeexit.installation import Installation, this_installation
 from edgeexit.machine import Machine
-from edgeexit.meters import NONE, find_meters, open_meter
+from edgeexit.meters import NONE, find_meters, open_meter, parse_spec
+from edgeexit.meters.check import LoadTest, load_test
 from edgeexit.state import emulation, machine_facts, read_state
 from edgeexit.symptoms import (
     FAILED,
@@ -34,6 +35,7 @@ from edgeexit.symptoms import (
     Process,
     failed,
     ok,
+    quoted,
     shown,
     unknown,
     warning,
@@ -45,6 +47,8 @@ MARKS = {OK: "[ok]", WARNING: "[!]", FAILED: "[x]", UNKNOWN: "[?]"}
 BUG = "a bug in edgeexit"
 MODELLED = "modelled"
 
+# The meter's test: at least so long, and long enough for so many readings in each third.
+_TEST_S, _LONGEST_TEST_S, _READINGS = 3.0, 30.0, 6
 _PAUSE_S = 1.0
 _COMPUTING_S = 0.3
 
@@ -200,21 +204,42 @@ def _meter(machine: Machine, device: Device, spec: str | None, is_quick: bool) -
         found = find_meters(machine, device)
         usable = [f.spec for f in found if f.info is not None and f.info.label != MODELLED]
         if not usable:
-            reasons = [f"{shown(f.spec)}: {shown(f.reason)}" for f in found if f.reason]
+            # Of the kinds that sit on boards only the one that this kind of board has.
+            others = {MODELLED, "pmic", "jetson"} - {device.meter}
+            blind = [f for f in found if f.reason and parse_spec(f.spec).kind not in others]
+            reasons = [shown(f"{f.spec}: {f.reason}", 300) for f in blind[:3]]
             return unknown(
-                "; ".join(reasons[:3]) or "none found: joules can only be modelled",
+                "; ".join(reasons) or "none found: joules can only be modelled",
                 "wire one, or name one with --meter (edgeexit meters list)",
             )
         spec = usable[0]
+    again = f"edgeexit meters test {quoted(spec)}"
     try:
         meter = open_meter(spec, machine, device)
     except DeviceError as error:
-        return failed(str(error), error.hint or "edgeexit meters list")
+        return failed(str(error), error.hint or again)
     try:
-        info = meter.info
+        seen = f"{shown(spec)}: {shown(meter.info.instrument)}, {meter.info.label}"
+        if is_quick or not machine.is_live:
+            return ok(f"{seen} (not tried)")
+        seconds = max(_TEST_S, 3 * _READINGS / meter.info.rate_hz)
+        if seconds > _LONGEST_TEST_S:
+            return unknown(f"{seen}; it is slow", f"{again} --seconds {seconds:.0f}")
+        return _judged(seen, load_test(meter, device, seconds=seconds), again)
+    except DeviceError as error:
+        return failed(f"{seen}: {error}", error.hint or again)
     finally:
         meter.close()
-    return ok(f"{shown(spec)}: {shown(info.instrument)}, {info.label}")
+
+
+def _judged(seen: str, test: LoadTest, again: str) -> Finding:
+    watts = f"{seen}: {test.power_mw['idle'] / 1e3:.2f} W idle, {test.step_mw / 1e3:+.2f} W busy"
+    bad = [found.text for found in test.findings if found.is_bad]
+    if bad:
+        return failed(f"{watts}; {bad[0]}", again)
+    if test.findings:
+        return warning(f"{watts}; {test.findings[0].text}", again)
+    return ok(watts)
 
 
 # ---------------------------------------------------------------- showing
@@ -254,7 +279,8 @@ def table(findings: Mapping[str, Finding]) -> str:
         for word, text in (("fix:", finding.fix), ("undo:", finding.undo)):
             if text is not None:
                 lines.append(f"{'':6}{'':{width}}  {word:5} {text}")
-    problems, warnings = count(findings, FAILED), count(findings, WARNING)
-    silent = count(findings, UNKNOWN)
-    lines += ["", f"{problems} problems, {warnings} warnings, {silent} unknown"]
+    words = {"problem": FAILED, "warning": WARNING}
+    sums = {word: count(findings, status) for word, status in words.items()}
+    said = [f"{number} {word}{'s' * (number != 1)}" for word, number in sums.items()]
+    lines += ["", ", ".join([*said, f"{count(findings, UNKNOWN)} unknown"])]
     return "\n".join(lines)

@@ -47,13 +47,18 @@ class Machine:
         except OSError:
             return False
 
-    def text(self, name: str) -> str | None:
-        """The text of the file *name*, None if it does not say."""
+    def data(self, name: str) -> bytes | None:
+        """The bytes of the file *name*, cut at 1 MiB; None if it does not say."""
         try:
-            with open(self.path(name), "rb", opener=_open_at_once) as file:  # noqa: PTH123
-                return (file.read(_MOST_BYTES) or b"").decode(errors="replace")
+            with open(self.path(name), "rb", opener=_open_at_once) as file:
+                return file.read(_MOST_BYTES)
         except (OSError, ValueError):
             return None
+
+    def text(self, name: str) -> str | None:
+        """The text of the file *name*, None if it does not say."""
+        data = self.data(name)
+        return None if data is None else data.decode(errors="replace")
 
     def line(self, name: str) -> str | None:
         """The stripped text of *name* (NULs too: device trees end with one), None if empty."""

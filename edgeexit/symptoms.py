@@ -121,16 +121,20 @@ class Patient:
         return str(self.facts["board"]).startswith("Raspberry Pi")
 
 
-def shown(text: str) -> str:
+def shown(text: str, most: int = _SHOWN) -> str:
     """*text* out of a file, made fit to be shown: one line, no control characters, not endless."""
-    safe = printable(" ".join(text.split()))
-    return safe if len(safe) <= _SHOWN else f"{safe[:_SHOWN]}..."
+    safe = printable(" ".join(text[: 4 * most].split()))
+    return safe if len(safe) <= most else f"{safe[:most]}..."
+
+
+def quoted(text: str) -> str:
+    """*text* out of a file as one harmless word of a shell command."""
+    return shlex.quote(shown(text))
 
 
 def tee(value: str, names: Iterable[str]) -> str:
     """The command that writes *value* into the files *names*."""
-    files = " ".join(shlex.quote(f"/{shown(name)}") for name in names)
-    return f"echo {shlex.quote(shown(value))} | sudo tee {files}"
+    return f"echo {quoted(value)} | sudo tee {' '.join(quoted(f'/{name}') for name in names)}"
 
 
 # ---------------------------------------------------------------- the processor
@@ -359,13 +363,12 @@ def swap(patient: Patient) -> Finding | None:
 
 def wall_clock(patient: Patient) -> Finding | None:
     """Whether the date can be right: many boards have no clock that runs without power."""
-    machine = patient.machine
+    machine, step = patient.machine, "sudo timedatectl set-ntp true"
     try:
         now = datetime.fromtimestamp(patient.now_s, tz=UTC)
     except (OverflowError, OSError, ValueError):
-        return failed(f"{patient.now_s:g} s since 1970")
+        return failed(f"it says {patient.now_s:g} s since 1970", step)
     day = f"{now:%Y-%m-%d}"
-    step = "sudo timedatectl set-ntp true"
     if now < _WRITTEN:
         return failed(f"it says {day}, before this version was written ({_WRITTEN:%Y-%m-%d})", step)
     said = machine.run(["timedatectl", "show", "-p", "NTPSynchronized", "--value"])

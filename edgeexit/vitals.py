@@ -15,7 +15,18 @@ temperature   sys/class/thermal/thermal_zone*/{temp,trip_point_*}; `vcgencmd get
 import re
 
 from edgeexit.state import THROTTLED, throttle_now, throttle_since_boot
-from edgeexit.symptoms import Check, Finding, Patient, failed, ok, shown, tee, unknown, warning
+from edgeexit.symptoms import (
+    Check,
+    Finding,
+    Patient,
+    failed,
+    ok,
+    quoted,
+    shown,
+    tee,
+    unknown,
+    warning,
+)
 
 _POLICIES = "sys/devices/system/cpu/cpufreq/policy*"
 # A busy core within 5 % of its top runs at its top: governors and PLLs round.
@@ -23,6 +34,7 @@ _CLOCK_SHARE = 0.95
 _OVERCLOCK = 1.02
 _NEAR_LIMIT_C = 10.0
 _PI5_SUPPLY_MA = 5000
+_OTHER_KERNEL = "take a kernel with CPU_FREQ_GOV_PERFORMANCE, or load cpufreq_performance"
 
 
 def governor(patient: Patient) -> Finding | None:
@@ -33,24 +45,20 @@ def governor(patient: Patient) -> Finding | None:
     if not any(found.values()):
         return unknown("no cpufreq: this system does not set its own clock")
     wrong = {place: word for place, word in found.items() if word != "performance"}
-    words = shown(", ".join(sorted(set(found.values()))))
     if not wrong:
-        return ok(f"performance on {len(found)} clock domain(s)")
-    offers = [
-        (machine.line(place.replace("scaling_", "scaling_available_") + "s") or "performance")
-        for place in wrong
-    ]
-    seen = f"{words}: the clock follows the load, and a block of calls starts slowly"
-    if not all("performance" in offer.split() for offer in offers):
-        return warning(
-            f"{words}, and performance is not offered",
-            "switch the kernel's CPU_FREQ_GOV_PERFORMANCE on, or load its module",
-        )
-    undo = " && ".join(
-        tee(word, [place for place in wrong if wrong[place] == word])
-        for word in dict.fromkeys(wrong.values())
-    )
-    return warning(seen, tee("performance", wrong), undo)
+        return ok(f"performance in {len(found)} clock domain{'s' * (len(found) > 1)}")
+    words = list(dict.fromkeys(wrong.values()))
+    seen = f"{shown(', '.join(words))}: the clock is not held at its maximum"
+    for place in wrong:
+        offers = machine.line(place.replace("scaling_", "scaling_available_") + "s")
+        if offers is not None and "performance" not in offers.split():
+            return warning(f"{seen}, and performance is not offered", _OTHER_KERNEL)
+    if len(wrong) == len(found) and len(words) == 1:
+        everywhere = f"sudo tee /{_POLICIES}/scaling_governor"
+        undo = f"echo {quoted(words[0])} | {everywhere}"
+        return warning(seen, f"echo performance | {everywhere}", undo)
+    back = [tee(word, [place for place in wrong if wrong[place] == word]) for word in words]
+    return warning(seen, tee("performance", wrong), " && ".join(back))
 
 
 def clock(patient: Patient) -> Finding | None:
@@ -142,11 +150,7 @@ def power_supply(patient: Patient) -> Finding | None:
     place = "proc/device-tree/chosen/power/max_current"
     if not patient.machine.exists(place):
         return None
-    try:
-        with patient.machine.path(place).open("rb") as file:
-            data = file.read(4)
-    except OSError:
-        data = b""
+    data = patient.machine.data(place) or b""
     # A device tree holds numbers with their highest byte first.
     granted_ma = int.from_bytes(data, "big") if len(data) == 4 else 0
     if not 0 < granted_ma <= 20000:
