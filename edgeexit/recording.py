@@ -37,6 +37,7 @@ _OLD_JETSON = "sys/bus/i2c/drivers/ina3221x/*/iio*device*"
 FILES = (
     *(f"proc/{name}" for name in ("cpuinfo", "meminfo", "loadavg", "stat", "uptime", "swaps")),
     *(f"proc/pressure/{name}" for name in ("cpu", "memory", "io")),
+    "proc/self/status",
     *("proc/sys/kernel/osrelease", "proc/sys/kernel/ostype", "proc/sys/vm/swappiness"),
     *("proc/device-tree/model", "proc/device-tree/compatible"),
     "proc/device-tree/chosen/power/max_current",
@@ -81,7 +82,6 @@ FILES = (
 )
 COMMANDS = (
     ("uname", "-m"),
-    ("nproc",),
     ("getconf", "LONG_BIT"),
     ("getconf", "GNU_LIBC_VERSION"),
     ("vcgencmd", "version"),
@@ -102,7 +102,7 @@ REMOVED = (
     "names of home folders: /home/removed",
 )
 _MAC = re.compile(rb"(?<![0-9A-Fa-f:-])([0-9A-Fa-f]{2}[:-]){5}[0-9A-Fa-f]{2}(?![0-9A-Fa-f:-])")
-_HOME = re.compile(rb"/home/[^/\s\0]+")
+_HOME = re.compile(rb"/home/[^/\s\0\"']+")
 _SERIAL_LINE = re.compile(rb"(?m)^Serial\s*:.*\n?")
 _SERIALS = (
     "proc/device-tree/serial-number",
@@ -114,7 +114,7 @@ _SERIALS = (
 )
 _HOST_NAMES = ("proc/sys/kernel/hostname", "etc/hostname")
 # The kernel's other files have fixed words, which a host may happen to be called.
-_MAY_NAME_HOST = ("etc/", "commands/", "proc/swaps")
+_MAY_NAME_HOST = ("etc/", "commands/", "proc/swaps", INDEX)
 # "0" and "None" are serial numbers, too, to makers who do not care.
 _SHORTEST_SERIAL = 6
 
@@ -139,15 +139,16 @@ def record(machine: Machine, path: Path) -> Recording:
         raise UsageError(
             f"{path}: exists, and a recording overwrites nothing", hint="name another with -o"
         )
-    tree = dict(_gathered(machine))
+    secrets = _Secrets(machine)
+    tree = dict(_gathered(machine, secrets))
     if not any(name.startswith(("proc/", "sys/")) for name in tree):
         raise DeviceError(f"{machine.root}: holds none of the files of a machine")
-    device = this_device(machine)
+    device, board = this_device(machine), board_model(machine)
     index = {
         "format": FORMAT,
         "made_by": __version__,
         "device": device,
-        "board": board_model(machine),
+        "board": secrets.removed(INDEX, board.encode()).decode(errors="replace") if board else None,
         "emulated": emulation(machine),
         "removed": list(REMOVED),
     }
@@ -168,9 +169,8 @@ def record(machine: Machine, path: Path) -> Recording:
     )
 
 
-def _gathered(machine: Machine) -> Iterator[tuple[str, bytes]]:
+def _gathered(machine: Machine, secrets: "_Secrets") -> Iterator[tuple[str, bytes]]:
     """(name in the tree, scrubbed bytes) of all that the machine says."""
-    secrets = _Secrets(machine)
     names = dict.fromkeys(name for pattern in FILES for name in machine.glob(pattern))
     for name in list(names)[:_MOST_FILES]:
         data = _bytes(machine.path(name))
@@ -194,11 +194,14 @@ def _bytes(path: Path) -> bytes | None:
         return None
 
 
+# Of these only the lines that begin so: the others count interrupts or tell of this process.
+_LINES = {"proc/stat": b"cpu", "proc/self/status": b"Cpus_allowed_list"}
+
+
 def _shortened(name: str, data: bytes) -> bytes:
-    if name == "proc/stat":
-        # The rest counts interrupts, one number for each line of a large machine.
-        return b"".join(line for line in data.splitlines(True) if line.startswith(b"cpu"))
-    return data
+    if name not in _LINES:
+        return data
+    return b"".join(line for line in data.splitlines(True) if line.startswith(_LINES[name]))
 
 
 class _Secrets:

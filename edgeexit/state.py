@@ -22,6 +22,7 @@ from edgeexit import __version__
 from edgeexit.device import board_model
 from edgeexit.machine import ENVIRONMENT, Machine, finite
 
+_ONLINE = "sys/devices/system/cpu/online"
 _POLICIES = "sys/devices/system/cpu/cpufreq/policy*"
 # The Raspberry Pi kernel's own file, a hexadecimal number without 0x. Only asked where vcgencmd is
 # missing: it shows what a driver saw up to 2 s ago, and its bits 16..19 do not reach back to boot.
@@ -279,26 +280,27 @@ def _processor(blocks: list[dict[str, str]]) -> str | None:
 
 
 def _cores(machine: Machine, blocks: list[dict[str, str]]) -> int | None:
-    online = _listed(machine.line("sys/devices/system/cpu/online"))
-    return online or sum("processor" in block for block in blocks) or None
+    online = _listed(machine.line(_ONLINE))
+    return len(online) or sum("processor" in block for block in blocks) or None
 
 
 def _cores_usable(machine: Machine) -> int | None:
     if machine.is_live:
         return len(os.sched_getaffinity(0))
-    said = finite(_said(machine, "nproc"))
-    return None if said is None else int(said)
+    # The kernel also allows cores that are switched off.
+    allowed = _pairs(machine.text("proc/self/status")).get("Cpus_allowed_list")
+    return len(_listed(allowed) & _listed(machine.line(_ONLINE))) or None
 
 
-def _listed(text: str | None) -> int:
-    """How many numbers a kernel's list such as "0-3,8" holds; 0 if it is none."""
-    total = 0
+def _listed(text: str | None) -> set[int]:
+    """The numbers of a kernel's list such as "0-3,8"; none if it is no list."""
+    found: set[int] = set()
     for part in (text or "").split(","):
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            return 0
-        total += int(match[2] or match[1]) - int(match[1]) + 1
-    return total
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part)
+        if match is None:
+            return set()
+        found.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return found
 
 
 def _userland_bits(machine: Machine) -> int | None:

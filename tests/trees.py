@@ -124,6 +124,8 @@ def _linux(*, release: str, machine: str, cores: int, memory_kb: int, system: st
         "proc/swaps": "Filename\tType\tSize\tUsed\tPriority\n/var/swap\tfile\t102396\t1024\t-2\n",
         "proc/pressure/cpu": pressure + pressure.replace("some", "full"),
         "proc/pressure/memory": pressure + pressure.replace("some", "full"),
+        # The kernel allows cores that are not there, too.
+        "proc/self/status": "Name:\tpython3\nCpus_allowed:\tffff\nCpus_allowed_list:\t0-15\n",
         "proc/sys/kernel/osrelease": f"{release}\n",
         "proc/sys/kernel/ostype": "Linux\n",
         "proc/sys/kernel/hostname": f"{HOST_NAME}\n",
@@ -137,7 +139,6 @@ def _linux(*, release: str, machine: str, cores: int, memory_kb: int, system: st
         **_command("uname -m", f"{machine}\n"),
         **_command("getconf LONG_BIT", "64\n"),
         **_command("getconf GNU_LIBC_VERSION", "glibc 2.36\n"),
-        **_command("nproc", f"{cores}\n"),
     }
 
 
