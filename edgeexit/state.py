@@ -354,6 +354,11 @@ def emulation(machine: Machine) -> str | None:
         return translator
     if not machine.is_live:
         return f"machine files are read below {ENVIRONMENT} or another tree"
+    return _emulator(machine)
+
+
+def _emulator(machine: Machine) -> str | None:
+    """What emulates the whole machine, if anything."""
     compatible = (machine.text("proc/device-tree/compatible") or "").split("\0")
     # Firecracker and others that need KVM call their board so, too, but have no fw-cfg.
     if "linux,dummy-virt" in compatible and machine.glob("proc/device-tree/fw-cfg*"):

@@ -29,7 +29,7 @@ def test_alone_it_lists_every_board(capsys: pytest.CaptureFixture[str]) -> None:
     lines = said(capsys).splitlines()
     rows = {line.split()[0]: line for line in lines[2:]}
     assert list(rows) == device_names()
-    for word in ("Raspberry Pi 5", "4x Cortex-A76", "2400", "neon fp16 dotprod", "pmic", "9/9"):
+    for word in ("Raspberry Pi 5", "4x Cortex-A76", "2400", "neon dotprod fp16", "pmic", "9/9"):
         assert word in rows["rpi5"]
     assert "4x Cortex-A55, 4x Cortex-A76" in rows["rock5b"]
 

@@ -316,6 +316,35 @@ def test_a_tree_is_not_real(tmp_path: Path) -> None:
     assert "EDGEEXIT_SYSROOT" in (emulation(Machine(tmp_path)) or "")
 
 
+VIRT = {"proc/device-tree/compatible": "linux,dummy-virt\0"}
+FW_CFG = {"proc/device-tree/fw-cfg@9020000/compatible": "qemu,fw-cfg-mmio\0"}
+TCG = {"proc/cpuinfo": "processor\t: 0\nmodel name\t: QEMU TCG CPU version 2.5+\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "word"),
+    [
+        (VIRT | FW_CFG, "virt board"),
+        (VIRT, None),  # Firecracker: with the processor's help, or not at all
+        (FW_CFG, None),
+        (TCG, "TCG"),
+        ({}, None),
+    ],
+)
+def test_a_machine_that_qemu_emulates_is_seen(
+    tmp_path: Path, files: dict[str, str | None], word: str | None
+) -> None:
+    machine = Machine(tmp_path)
+    trees.put(machine, files)
+    found = state._emulator(machine)
+    assert found is None if word is None else word in (found or "")
+
+
+@pytest.mark.parametrize("name", trees.BOARDS)
+def test_no_real_board_is_taken_for_an_emulator(tmp_path: Path, name: str) -> None:
+    assert state._emulator(trees.tree(tmp_path, name)) is None
+
+
 def program(proc: Path, name: str, number: int, order: str = "little") -> Path:
     """A /proc in which the running thread's program is *name*, an ELF file for *number*."""
     head = b"\x7fELF\x02" + (b"\x01" if order == "little" else b"\x02") + b"\0" * 12

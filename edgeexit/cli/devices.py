@@ -100,10 +100,12 @@ def which(as_json: bool) -> None:
 
 def _beside(device: "Device", here: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Rows of what to call it, the board's fact and the machine's word."""
-    cpu = " ".join(filter(None, [here["cpu"], f"({here['cores']} cores)" if here["cores"] else ""]))
+    cpu = here["cpu"] or "-"
+    if here["cores"] and not cpu.startswith(tuple("123456789")):
+        cpu += f" ({here['cores']} cores)"
     memory = here["memory_total_mb"]
     return [
-        ("processor", "cores", cpu or "-"),
+        ("processor", "cores", cpu),
         ("clock, MHz", "clock_mhz", _shown([round(mhz) for mhz in here["max_clocks_mhz"]])),
         ("int8", "isa", _shown(here["isa"])),
         ("memory, MB", "ram_mb", _shown(None if memory is None else round(memory))),
