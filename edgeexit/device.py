@@ -27,6 +27,7 @@ NO_METER = "none"
 # 1: groups of facts, one source each. 2: one source for each fact; what measuring needs.
 FORMAT = 2
 _CORES = re.compile(r"([1-9]\d{0,2})x (\S.*)")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._-]{0,63}")
 _METER = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 _MOST_THREADS = 256
 
@@ -227,6 +228,9 @@ def _facts(table: Table) -> dict[str, Fact]:
 
 
 def _check(device: Device, where: str) -> None:
+    # Profiles and policies are files that are called so.
+    if not _NAME.fullmatch(device.name):
+        raise BadFile(f"{where}: name: expected letters, digits, + . _ -, found {device.name!r}")
     if not 1 <= device.threads <= _MOST_THREADS:
         raise BadFile(f"{where}: measure.threads: expected 1 to {_MOST_THREADS}")
     cores = device.core_count

@@ -197,6 +197,8 @@ def test_the_modelled_core_takes_its_share_of_the_step() -> None:
         ({"format": 1}, "format: found 1, this version reads 2"),
         ({"modles": []}, "modles: unknown key"),
         ({"models": "rpi"}, "models: expected list"),
+        ({"name": "../../x"}, "name: expected letters, digits, + . _ -, found '../../x'"),
+        ({"name": ""}, "name: expected letters"),
         ({"notes": [1]}, "notes.0: expected str"),
         ({"facts": {"clock": fact(1)}}, "facts.clock: unknown key, expected one of soc"),
         ({"facts": {"idle_w": fact(float("nan"))}}, "idle_w.value: expected a positive number"),
