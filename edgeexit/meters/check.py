@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from math import ceil
 from typing import Any
 
 from edgeexit.device import Device
@@ -167,7 +168,10 @@ def judged(
     settled = [_powers(_settled(part)) for part in parts]
     fewest = min(map(len, settled))
     if fewest < FEWEST:
-        needed_s = max(1, round(seconds * (FEWEST + 2) / max(1, fewest)))
+        listed = [sample.at_ns for part in parts for sample in part]
+        usual_s = (listed[-1] - listed[0]) / 1e9 / (len(listed) - 1)
+        # What settles, the ends of a part and a counter's first reading come on top.
+        needed_s = ceil(len(PARTS) * usual_s * (FEWEST / (1 - _SETTLE) + 3))
         raise DeviceError(
             f"meter {info.kind}: {fewest} readings in a third of {seconds:g} s, expected at "
             f"least {FEWEST}",

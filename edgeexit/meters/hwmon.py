@@ -252,7 +252,7 @@ def _deduced_uohm(machine: Machine, spec: Spec, chip: Chip, stated_uohm: int) ->
         near = {
             candidate
             for candidate in (stated_uohm, *_INA238_DEFAULTS_UOHM)
-            if 0.8 < ratio_uohm / candidate < 1.25
+            if 0.83 < ratio_uohm / candidate < 1.2
         }
         if len(near) == 1:
             return near.pop()
