@@ -138,7 +138,7 @@ def _governors(machine: Machine) -> tuple[str, ...]:
 
 def _clocks_mhz(machine: Machine) -> tuple[float, ...]:
     found = [machine.number(name) for name in machine.glob(f"{_POLICIES}/scaling_cur_freq")]
-    clocks = tuple(khz / 1e3 for khz in found if khz is not None)
+    clocks = tuple(khz / 1e3 for khz in found if khz is not None and khz > 0)
     if len(clocks) <= 1:
         # On a Pi scaling_cur_freq is what the kernel asked for, throttled or not.
         measured = _frequency_mhz(machine.run(["vcgencmd", "measure_clock", "arm"]))

@@ -94,6 +94,12 @@ def test_without_the_firmwares_word_the_kernels_counts(tmp_path: Path, said: str
     assert read_state(machine).clocks_mhz == (1800.0,)
 
 
+@pytest.mark.parametrize("text", ["0\n", "-1\n", "<unknown>\n"])
+def test_a_clock_that_cannot_be_is_left_out(tmp_path: Path, text: str) -> None:
+    machine = trees.tree(tmp_path, "beagleplay", files={RATE: text})
+    assert read_state(machine).clocks_mhz == ()
+
+
 def test_there_is_one_clock_for_each_policy(tmp_path: Path) -> None:
     assert read_state(trees.tree(tmp_path, "rock5b")).clocks_mhz == (1800.0, 2400.0, 2400.0)
 
