@@ -138,6 +138,7 @@ def choose(
             "profile_verdict": verdict.to_document(),
             "runtime": profile.runtime,
             "threads": profile.threads,
+            "mode": str(profile.mode),
         },
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from edgeexit import demo
+from edgeexit.blocks import STATUSES
 from edgeexit.cli import entry
 from edgeexit.errors import UsageError
 from edgeexit.files import digest_of
@@ -85,6 +86,8 @@ def test_the_demo_measures_and_keeps_its_promise(
     assert sum(document["exit_rates"]) == pytest.approx(1)
     assert document["best_static_exit"] in bundle.exits
     assert all(document[key] > 0 for key in document if key.startswith("latency_"))
+    # Whatever else runs here: the demo says how it went, and refuses nothing.
+    assert {document[key]["status"] for key in ("verdict", "verdict_pruned")} <= set(STATUSES)
     assert bundle.policy_for(found.dense.policy.device) == found.dense.policy
     assert pruned.policy_for(found.pruned.policy.device) == found.pruned.policy
     assert len(found.pictures) >= 10

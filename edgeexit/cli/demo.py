@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeexit.cli.steps import Steps
-from edgeexit.errors import UsageError
+from edgeexit.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
@@ -137,6 +137,7 @@ def _text(found: "Demo") -> str:
         [
             report.profile_table(found.dense.profile),
             report.policy_table(found.dense.policy),
+            f"The pruned network's profile: {printable(str(found.pruned.profile.verdict))}",
             pictures,
             f"On {found.dense.tuned.samples} report samples, all six taking turns in one process:",
             rivals,

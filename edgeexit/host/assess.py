@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.bundle import Bundle
+from edgeexit.collect import FEWEST_PROCESSES, Limits
 from edgeexit.device import this_device
 from edgeexit.errors import UsageError
 from edgeexit.host.answers import RealSamples, spread
@@ -26,9 +27,9 @@ from edgeexit.host.feed import to_input
 from edgeexit.host.graph import Graph, parameters
 from edgeexit.host.material import Material
 from edgeexit.host.model import exit_outputs
+from edgeexit.instrument import measure
 from edgeexit.machine import this_machine
 from edgeexit.preprocess import Preprocess, real_values
-from edgeexit.profile import measure
 from edgeexit.report import milliseconds, text_table
 from edgeexit.runtime import Runner
 from edgeexit.samples import is_set, load_samples
@@ -40,6 +41,7 @@ Interval = tuple[float, float, float]
 MOST_JUDGED = 2000  # samples: their accuracy is known to about one point
 RANGES_SAMPLES = 500
 RACED = 40  # samples
+_BLOCK_MS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,26 +377,27 @@ def measured(
     bundle: Bundle,
     *,
     seconds: float = 6.0,
-    processes: int = 3,
+    processes: int = FEWEST_PROCESSES,
     on_step: Callable[[float], object] | None = None,
 ) -> dict[str, Interval]:
     """
     Milliseconds to leave at each exit of *bundle* on this machine: exit -> (ms, low, high).
 
-    All exits are kept: the heads on the way are paid for. Measured as edgeexit.profile does, in
-    *processes* fresh processes for about *seconds* together (starting them comes on top), with
-    95 % bootstrap intervals. DeviceError if a process fails.
+    All exits are kept: the heads on the way are paid for. Measured as edgeexit.instrument does,
+    in *processes* (5 or more) fresh ones for about *seconds* together (starting them comes on
+    top), with 95 % bootstrap intervals. DeviceError if a process fails.
     """
     profile = measure(
         bundle,
         this_device(),
-        processes=processes,
-        time_cap_s=seconds,
+        limits=Limits(processes=processes, time_cap_s=seconds, block_ms=_BLOCK_MS),
         sets=[bundle.exits],
-        on_step=on_step,
+        on_step=None if on_step is None else lambda progress: on_step(progress.done),
     )
     found: dict[str, Interval] = {}
-    for case in profile.cases:
+    for name in bundle.exits:
+        case = profile.case(bundle.exits, name)
+        assert case is not None
         latency = profile.latency(case)
-        found[case.exit] = (latency.value / 1e6, latency.low / 1e6, latency.high / 1e6)
+        found[name] = (latency.value / 1e6, latency.low / 1e6, latency.high / 1e6)
     return found
