@@ -393,6 +393,7 @@ def _family_wise(ranks: Values, mine: int, seed: int) -> Values:
     return chances
 
 
+@lru_cache(maxsize=4)
 def _labels(total: int, mine: int, seed: int) -> Values:
     """Ways of naming *mine* of *total* processes ours, one a row, without the one that is."""
     if math.comb(total, mine) <= _PERMUTATIONS + 1:
