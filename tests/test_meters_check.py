@@ -194,6 +194,17 @@ def test_a_sensor_that_vanishes_ends_the_load_as_well(dies_at: int) -> None:
     assert not board.is_busy
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_a_sample_that_is_no_number_is_refused(value: float) -> None:
+    with pytest.raises(DeviceError, match="expected a number"):
+        Board(idle_mw=value).tested()
+
+
+def test_samples_that_go_back_in_time_are_refused() -> None:
+    with pytest.raises(DeviceError, match="not after the one before"):
+        Board(pace=1e-9).tested()
+
+
 def test_a_test_is_kept_with_its_raw_readings() -> None:
     document = json.loads(json.dumps(Board().tested(3).to_document(), allow_nan=False))
 

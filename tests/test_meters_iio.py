@@ -99,3 +99,16 @@ def test_a_chip_that_is_unplugged_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(DeviceError, match="iio:device2/in_power2_raw"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("chip", "last_good"), [("ina219", 31998), ("ina226", 32766), ("ina226", -32766)]
+)
+def test_full_scale_is_refused(chip: str, last_good: int, tmp_path: Path) -> None:
+    machine = wired(tmp_path, name=chip, in_voltage0_raw=f"{last_good}")
+    meter = opened("iio,shunt=0.1", machine)
+    assert meter.read() == 316.25
+    put(machine, {f"{PLACE}/in_voltage0_raw": f"{last_good + (2 if last_good > 0 else -2)}"})
+
+    with pytest.raises(DeviceError, match="full scale"):
+        meter.read()

@@ -47,6 +47,7 @@ def played(recording: Recording, *, is_looped: bool = False) -> Replay:
     [
         "at_s,power_w\n100.5,2.8\n100.6,2.9\n100.75,3\n",
         "# by hand\nat_ms, power_mw\n100500,2800\n\n100600, 2900.0\n100750,3000\n",
+        "at_ns,power_w\n1763719200100500000,2.8\n1763719200200500000,2.9\n1763719200350500000,3\n",
         "power_w,at_us\r\n2.8,100500000\r\n2.9,100600000\r\n3,100750000\r\n",
         '{"at_ns": 100500000000, "power_mw": 2800}\n'
         '{"power_mw": 2.9e3, "at_ns": 100600000000}\n{"at_ns": 100750000000, "power_mw": 3000}\n',

@@ -32,6 +32,7 @@ _MOST_COST = 0.01
 # other peripherals, a load that is not the published one. A shunt wrong by ten is outside.
 _IDLE_RATIO = (1 / 3, 3.0)
 _STEP_RATIO = (0.2, 2.5)
+_MOST = 1e15
 _ANY_BOARD_MW = (20.0, 500_000.0)
 # Ends by itself once its parent is gone or its time is over.
 _SPIN = (
@@ -140,12 +141,15 @@ def load_test(
     stream = iter(meter.samples())
     parts: list[list[Sample]] = []
     cost = 0.0
+    last: Sample | None = None
     for name in PARTS:
         with load(seconds) if name == "busy" else _idle():
             before_s = _own_s()
             part: list[Sample] = []
             for sample in stream:
+                _refuse_nonsense(meter.info, last, sample)
                 part.append(sample)
+                last = sample
                 if sample.at_ns - part[0].at_ns >= part_ns:
                     break
             else:
@@ -165,11 +169,12 @@ def judged(
     seconds: float,
 ) -> LoadTest:
     """What the samples of the three *parts* say about the meter. Pure."""
+    everything = [sample for part in parts for sample in part]
     settled = [_powers(_settled(part)) for part in parts]
     fewest = min(map(len, settled))
     if fewest < FEWEST:
-        listed = [sample.at_ns for part in parts for sample in part]
-        usual_s = (listed[-1] - listed[0]) / 1e9 / (len(listed) - 1)
+        passed_s = (everything[-1].at_ns - everything[0].at_ns) / 1e9
+        usual_s = passed_s / (len(everything) - 1)
         # What settles, the ends of a part and a counter's first reading come on top.
         needed_s = ceil(len(PARTS) * usual_s * (FEWEST / (1 - _SETTLE) + 3))
         raise DeviceError(
@@ -181,7 +186,6 @@ def judged(
         name: statistics.fmean(value for _, value in powers)
         for name, powers in zip(PARTS, settled, strict=True)
     }
-    everything = [sample for part in parts for sample in part]
     # Not from one part to the next: there processes start and end.
     steps_ms = [(b.at_ns - a.at_ns) / 1e6 for part in parts for a, b in pairwise(part)]
     usual_ms = statistics.median(steps_ms)
@@ -278,6 +282,15 @@ def _against_device(test: LoadTest, device: Device) -> list[Finding]:
             )
         )
     return found
+
+
+def _refuse_nonsense(info: MeterInfo, before: Sample | None, sample: Sample) -> None:
+    """What no meter can mean; plug-ins and other hosts may send anything."""
+    if before is not None and sample.at_ns <= before.at_ns:
+        raise DeviceError(f"meter {info.kind}: a sample is not after the one before it")
+    value = sample.energy_mj if sample.power_mw is None else sample.power_mw
+    if value is None or not abs(value) < _MOST:
+        raise DeviceError(f"meter {info.kind}: a sample says {value}, expected a number")
 
 
 def _settled(part: Sequence[Sample]) -> Sequence[Sample]:

@@ -16,7 +16,9 @@ from edgeexit.meters.sysfs import Kept, Polled, Shunt, exact, ohms, stated_shunt
 
 _RATE_HZ = 50.0
 _FOLDER = "sys/bus/iio/devices"
-# in_power2 is the chip's own product; in_voltage1 is the supply's side, in_current3 the shunt's.
+# in_power2 is the chip's own product; in_voltage1 is the supply's side, in_current3 the shunt's,
+# in_voltage0 what lies across the shunt.
+_ACROSS = "in_voltage0"
 _POWER = "in_power2"
 _VOLTS = "in_voltage1"
 _CURRENT = "in_current3"
@@ -27,7 +29,8 @@ class Iio(Polled):
     raw x scale: milliwatts for power, millivolts and milliamperes (together microwatts) else.
 
     Scales are decimals and are taken exactly. A raw current is the voltage across the shunt in
-    steps of the chip; the scale divides by the shunt that the driver believes in.
+    steps of the chip; the scale divides by the shunt that the driver believes in. At full scale
+    the chip clips without a word, so the raw voltage across the shunt is read as well.
     """
 
     def __init__(
@@ -35,7 +38,11 @@ class Iio(Polled):
     ) -> None:
         self._scale = scale
         self._raw = [Kept(machine, f"{place}/{file}_raw") for file in files]
-        super().__init__(info, *self._raw)
+        across = f"{place}/{_ACROSS}_raw"
+        self._across = Kept(machine, across) if machine.exists(across) else None
+        super().__init__(info, *self._raw, *([self._across] if self._across else []))
+        part = PARTS.get(info.details["chip"], PARTS["ina219"])
+        self._most = part.full_scale_uv * 1000 // part.step_nv
 
     def read(self) -> float | None:
         """Milliwatts now."""
@@ -45,6 +52,13 @@ class Iio(Polled):
             if raw is None:
                 return None
             product *= raw
+        across = self._across.number() if self._across else None
+        if across is not None and abs(across) >= self._most - 1:
+            raise DeviceError(
+                f"meter {self.info.kind}: {self.info.details['place']} is at full scale: what it "
+                "reads is clipped",
+                hint="a smaller shunt measures larger currents",
+            )
         return float(abs(product * self._scale))
 
 

@@ -167,7 +167,7 @@ def stated_shunt_uohm(spec: Spec, believed: str = "") -> int:
 
 def exact(text: str | None) -> Fraction | None:
     """The decimal number *text*, exactly; None if it is none."""
-    if text is None or not re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]{1,15})?", text):
+    if text is None or not re.fullmatch(r"-?[0-9]{1,20}(\.[0-9]{1,15})?", text):
         return None
     return Fraction(text)
 
