@@ -2,12 +2,12 @@
 The process that reads a meter while other processes are measured, and the handle to it.
 
 Callers see Sampler. `python -P -m edgeexit.sampler` is the process: it reads a plan (a line of
-JSON) on stdin, opens the meter and writes lines of JSON: "meter" once, then every sample as a
-list, "pong" for each "ping" on stdin, "failed" with an error, "ended" last. It keeps off the cores
-that are measured, ignores Ctrl-C (whoever started it decides) and ends when stdin closes, so it
-never outlives its parent; a meter on another host is this process over there. The parent reads
-the pipe only between windows, so that nothing wakes up in it inside one; what does not fit into
-the pipe waits here.
+JSON) on stdin, opens the meter and writes lines of JSON: "meter" with what it is (again if it has
+learnt more), every sample as a list, "pong" for each "ping" on stdin, "failed" with an error. It
+keeps off the cores that are measured, ignores Ctrl-C (whoever started it decides) and ends when
+stdin closes, so it never outlives its parent; a meter on another host is this process over there.
+The parent reads the pipe only between windows, so that nothing wakes up in it inside one; what
+does not fit into the pipe waits here.
 """
 
 import bisect
@@ -352,13 +352,17 @@ def _sample(plan: dict[str, Any], lines: _Lines) -> None:
     device = find_device(plan["device"] or this_device(machine))
     meter = open_meter(plan["spec"], machine, device)
     try:
-        lines.say({"meter": meter.info.to_document(), "protocol": PROTOCOL})
+        info = meter.info
+        lines.say({"meter": info.to_document(), "protocol": PROTOCOL})
         for sample in meter.samples():
             lines.say(sample.to_row())
+            # One that learns more of itself on the way (how far a clock drifts) has a new one.
+            if meter.info is not info and meter.info != info:
+                info = meter.info
+                lines.say({"meter": info.to_document()})
         raise DeviceError(f"meter {plan['spec']}: its samples came to an end")
     finally:
         meter.close()
-        lines.say({"meter": meter.info.to_document()})
 
 
 def main() -> int:
