@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
+from edgeexit.errors import UsageError
+
 ENVIRONMENT = "EDGEEXIT_SYSROOT"
 COMMANDS = "commands"
 _MOST_BYTES = 1 << 20
@@ -103,8 +105,15 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def this_machine() -> Machine:
-    """The live machine, or the tree that the environment variable EDGEEXIT_SYSROOT names."""
-    return Machine(os.environ.get(ENVIRONMENT) or "/")
+    """
+    The live machine, or the tree that the environment variable EDGEEXIT_SYSROOT names.
+
+    UsageError if that is no folder: a machine that says nothing would look like a healthy one.
+    """
+    root = Path(os.environ.get(ENVIRONMENT) or "/")
+    if not root.is_dir():
+        raise UsageError(f"{ENVIRONMENT}: {root}: no such folder, expected a recorded tree")
+    return Machine(root)
 
 
 def finite(text: str | None) -> float | None:

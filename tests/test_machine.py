@@ -9,6 +9,7 @@ import trees
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeexit.errors import UsageError
 from edgeexit.machine import ENVIRONMENT, Machine, command_file, finite, this_machine
 
 TEXT = st.characters(codec="utf-8")
@@ -141,3 +142,13 @@ def test_a_name_of_a_number_may_vanish_between_looking_and_reading(tmp_path: Pat
     names = machine.glob("sys/*")
     os.unlink(tmp_path / "sys/a")  # noqa: PTH108
     assert [machine.number(name) for name in names] == [None]
+
+
+def test_a_root_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEEXIT_SYSROOT", str(tmp_path / "absent"))
+    with pytest.raises(UsageError, match="EDGEEXIT_SYSROOT: .*absent: no such folder"):
+        this_machine()
+    monkeypatch.setenv("EDGEEXIT_SYSROOT", str(tmp_path))
+    assert this_machine().root == tmp_path
