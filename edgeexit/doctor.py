@@ -5,12 +5,14 @@ Callers see examine, table, to_document and count. Hidden here: how the machine 
 (two readings with a pause, one more while a core computes, a child process that tries the
 runtime, a meter between rest and load), and that a check that goes wrong ends as a finding of
 its own and not the doctor. What is judged how stands in `installation` (Python and its wheels),
-`symptoms` (cores, load, memory, date) and `vitals` (clock, heat, supply), with the sources of
-every fact; the device, emulation and meters are judged here.
+`vitals` (processor, clock, heat, supply) and `symptoms` (load, memory, space, date), with the
+sources of every fact; device, emulation and meter are judged here.
 """
 
 import hashlib
 import os
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -31,6 +33,7 @@ from edgeexit.symptoms import (
     UNKNOWN,
     WARNING,
     Finding,
+    Folder,
     Patient,
     Process,
     failed,
@@ -83,7 +86,7 @@ def examine(
     except Exception as error:
         found["machine"] = _bug(error)
     else:
-        for name, check in {**symptoms.CHECKS, **vitals.CHECKS}.items():
+        for name, check in {**vitals.CHECKS, **symptoms.CHECKS}.items():
             found[name] = _shielded(check, patient)
     found["meter"] = _shielded(_meter, machine, device, meter, is_quick)
     return {name: finding for name, finding in found.items() if finding is not None}
@@ -134,6 +137,8 @@ def _patient(machine: Machine, device: Device, *, is_quick: bool) -> Patient:
         busy=busy,
         busiest=busiest,
         usable=usable,
+        folder=_folder(Path()),
+        temporary=_folder(Path(tempfile.gettempdir())),
         now_s=time.time(),
     )
 
@@ -142,6 +147,16 @@ def _compute(seconds: float) -> None:
     end, block = time.monotonic() + seconds, bytes(1 << 16)
     while time.monotonic() < end:
         hashlib.sha256(block)
+
+
+def _folder(path: Path) -> Folder:
+    try:
+        # Absolute: a current folder that somebody removed still answers to ".".
+        place = path.resolve(strict=True)
+        free_bytes = shutil.disk_usage(place).free
+    except OSError:
+        return Folder(free_bytes=0, is_writable=False)
+    return Folder(free_bytes=free_bytes, is_writable=os.access(place, os.W_OK | os.X_OK))
 
 
 def _ticks(machine: Machine) -> dict[int, tuple[str, int]]:

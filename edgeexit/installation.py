@@ -14,19 +14,16 @@ python              sys.version_info, sys.implementation, sys.abiflags
 libc                os.confstr("CS_GNU_LIBC_VERSION"); what a wheel needs: the tags in its WHEEL
 runtime, numpy      the child; importlib.metadata for versions
 xnnpack, self-test  the child, with the bundle that comes with edgeexit
-folders             statvfs and access rights of the current and of the temporary folder
 """
 
 import importlib.metadata
 import json
 import os
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +44,6 @@ _ARCHITECTURES = ("x86_64", "aarch64")
 _OLD_TAGS = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 _EXAMPLE = "fashion.edgeexit"
 _TIMEOUT_S = 120.0
-_LITTLE_BYTES, _TOO_LITTLE_BYTES = 100e6, 10e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,14 +61,6 @@ class Trial:
     selftest: str | None = None
     error: str | None = None
     died: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Folder:
-    """Free space of a folder, and whether this process may write there."""
-
-    free_bytes: int
-    is_writable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +83,6 @@ class Installation:
     libc: tuple[int, int] | None = (2, 36)
     installed: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
-    folders: Mapping[str, Folder] = field(default_factory=dict)
     trial: Trial | None = None
 
     @property
@@ -120,10 +107,6 @@ def this_installation(machine: Machine, *, is_quick: bool = False) -> Installati
         libc=_libc(),
         installed=installed,
         tags=tags,
-        folders={
-            "folder": _folder(Path()),
-            "temporary folder": _folder(Path(tempfile.gettempdir())),
-        },
         trial=None if is_quick else try_runtime(),
     )
 
@@ -158,16 +141,6 @@ def _libc() -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"glibc (\d{1,3})\.(\d{1,3}).*", said)
     return (int(match[1]), int(match[2])) if match else None
-
-
-def _folder(path: Path) -> Folder:
-    try:
-        return Folder(
-            free_bytes=shutil.disk_usage(path).free,
-            is_writable=os.access(path, os.W_OK | os.X_OK),
-        )
-    except OSError:
-        return Folder(free_bytes=0, is_writable=False)
 
 
 # ---------------------------------------------------------------- the child process
@@ -354,7 +327,8 @@ def numpy(here: Installation) -> Finding:
     """Whether numpy loads, and fits to the runtime."""
     version = here.trial.numpy if here.trial else here.installed.get("numpy")
     if version is None:
-        reason = here.trial and (here.trial.error or here.trial.died)
+        died = here.trial and here.trial.died and f"Python {here.trial.died}"
+        reason = here.trial and (here.trial.error or died)
         seen = f"it does not load: {reason}" if reason else "it is not installed"
         return failed(seen, "python3 -m pip install --force-reinstall numpy")
     uses_tflite = TFLITE in here.installed and LITERT not in here.installed
@@ -389,25 +363,6 @@ def self_test(here: Installation) -> Finding:
     return failed(f"Python {trial.died}" if trial.died else trial.error or "it never ended", step)
 
 
-def folder(here: Installation, name: str = "folder") -> Finding:
-    """Whether results can be written in the current folder."""
-    place = here.folders.get(name)
-    if place is None:
-        return unknown("nobody looked")
-    if not place.is_writable:
-        return failed("this process may not write there", "cd ~, or mount it writable")
-    seen = f"{place.free_bytes / 1e6:.0f} MB free"
-    if place.free_bytes < _LITTLE_BYTES:
-        judge = failed if place.free_bytes < _TOO_LITTLE_BYTES else warning
-        return judge(seen, "remove what is not needed; du -xh --max-depth=2 / shows what is large")
-    return ok(seen)
-
-
-def temporary_folder(here: Installation) -> Finding:
-    """Whether the system's folder for temporary files takes more."""
-    return folder(here, "temporary folder")
-
-
 CHECKS: dict[str, Callable[[Installation], Finding]] = {
     "userland": userland,
     "python": python,
@@ -416,6 +371,4 @@ CHECKS: dict[str, Callable[[Installation], Finding]] = {
     "numpy": numpy,
     "xnnpack": xnnpack,
     "self-test": self_test,
-    "folder": folder,
-    "temporary folder": temporary_folder,
 }

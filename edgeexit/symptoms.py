@@ -1,24 +1,21 @@
 """
-What a board's files tell about whether its measurements will be worth anything: cores and load.
+What else uses a machine, and what is left: load, memory, swap, free space; and the date.
 
 Callers see Finding, Patient (everything that is looked at) and CHECKS: a dict from the name of
 a finding to the function that makes it, Patient -> Finding, or None where it means nothing
-here. No check changes anything; `doctor` gathers the Patient and adds what is no file. Text out
-of files is made harmless before it is shown, and quoted where it stands in a command.
+here. No check changes anything; `doctor` gathers the Patient. Text out of files is made
+harmless before it is shown, and quoted where it stands in a command.
 
-Which fact comes from where, all below the machine's root:
+Which fact comes from where, files below the machine's root:
 
-processor    proc/cpuinfo: "Features" (ARM) or "flags" (x86)
-cores        sys/devices/system/cpu/{present,online,isolated}, cpufreq/policy*/related_cpus
-cpu quota    proc/self/cgroup, sys/fs/cgroup/**/cpu.max or cpu.cfs_quota_us
 other load   proc/stat twice, proc/*/stat for who it is; proc/loadavg in a recorded tree
 pressure     proc/pressure/cpu
 memory       proc/meminfo
 swap         proc/meminfo, proc/swaps
+folders      statvfs and access rights of the current and of the temporary folder
 wall clock   run/systemd/timesync/synchronized, else `timedatectl show`
 """
 
-import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -27,14 +24,11 @@ from typing import Any
 
 from edgeexit.device import Device
 from edgeexit.errors import printable
-from edgeexit.machine import Machine, finite
+from edgeexit.machine import Machine
 from edgeexit.state import Reading
 
 OK, WARNING, FAILED, UNKNOWN = "ok", "warning", "failed", "unknown"
 
-_CPU = "sys/devices/system/cpu"
-_MOST_CORES = 4096
-_MOST_GROUPS = 64
 _SHOWN = 100
 # No clock can be right that is before this version's own changes.
 _WRITTEN = datetime(2026, 11, 21, tzinfo=UTC)
@@ -48,6 +42,7 @@ _TOP = "see with top who it is, and stop it"
 _SWAP_MB = 16.0
 # One process with numpy, the runtime and the shipped example: 53 MB at most, on x86-64.
 _WORKER_MB = 64.0
+_LITTLE_BYTES, _TOO_LITTLE_BYTES = 100e6, 10e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +90,14 @@ class Process:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Folder:
+    """Free space of a folder, and whether this process may write there."""
+
+    free_bytes: int
+    is_writable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Patient:
     """
     Everything the checks look at.
@@ -102,7 +105,8 @@ class Patient:
     *before* and *after* are readings with a pause in between, *busy* one right after a core
     computed; all three are one and the same for a recorded tree. *busiest* is the program that
     took most in the pause. *usable* are the cores that this process may run on (None: not
-    known), *now_s* is the wall clock in seconds since 1970, *facts* is state.machine_facts.
+    known), *temporary* is the folder for temporary files, *now_s* the wall clock in seconds
+    since 1970, *facts* is state.machine_facts.
     """
 
     machine: Machine
@@ -113,6 +117,8 @@ class Patient:
     busy: Reading
     busiest: Process | None = None
     usable: frozenset[int] | None = None
+    folder: Folder
+    temporary: Folder
     now_s: float
 
     @property
@@ -135,148 +141,6 @@ def quoted(text: str) -> str:
 def tee(value: str, names: Iterable[str]) -> str:
     """The command that writes *value* into the files *names*."""
     return f"echo {quoted(value)} | sudo tee {' '.join(quoted(f'/{name}') for name in names)}"
-
-
-# ---------------------------------------------------------------- the processor
-
-# What int8 gains, by whether there are dot products. Counted under emulation with -icount: one
-# MobileNet v2 int8 takes 113.8 million instructions on an A72 and 49.2 on an A76. Published in
-# XNNPACK's README, February 2022, Pi 4 in 64 bit: float 46 ms, int8 17 ms.
-_GAINS = {
-    True: "; with dotprod MobileNet v2 takes 49 million instructions in int8, without it 114",
-    False: ", no dotprod; int8 gains all the same: MobileNet v2 17 ms on a Pi 4, in float 46",
-}
-
-
-def processor(patient: Patient) -> Finding | None:
-    """What int8 kernels will find: vector units and dot products."""
-    isa = patient.facts["isa"]
-    listed = re.search(r"^(Features|flags)\s*:", patient.machine.text("proc/cpuinfo") or "", re.M)
-    if not isa:
-        return (
-            unknown("/proc/cpuinfo lists no features")
-            if listed is None
-            else failed(
-                "no vector unit (NEON, SSE 4.1): the runtime's kernels need one",
-                "take a board with a 64-bit ARM processor (Zero 2 W, Pi 3 and later)",
-            )
-        )
-    gain = _GAINS["dotprod" in isa] if "neon" in isa else ""
-    return ok(f"{shown(patient.facts['cpu'] or 'unnamed')}: {', '.join(isa)}{gain}")
-
-
-def core_list(text: str | None) -> tuple[int, ...] | None:
-    """The cores that the kernel writes as "0-3,6"; None if *text* is no such list."""
-    found: set[int] = set()
-    for part in (text or "").split(",") if text else ():
-        match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
-        if match is None:
-            return None
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last >= _MOST_CORES:
-            return None
-        found.update(range(first, last + 1))
-    return tuple(sorted(found)) if text else None
-
-
-def _as_list(cores: Iterable[int]) -> str:
-    """Cores as the kernel writes them."""
-    runs: list[list[int]] = []
-    for core in sorted(cores):
-        if runs and core == runs[-1][1] + 1:
-            runs[-1][1] = core
-        else:
-            runs.append([core, core])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) or "none"
-
-
-def cores(patient: Patient) -> Finding | None:
-    """Cores that are there, switched on, and ours to use."""
-    machine = patient.machine
-    online = core_list(machine.line(f"{_CPU}/online"))
-    present = core_list(machine.line(f"{_CPU}/present")) or online
-    if online is None or present is None:
-        return unknown("the kernel lists no cores")
-    off = sorted(set(present) - set(online))
-    if off:
-        is_jetson = machine.exists("etc/nv_tegra_release")
-        return warning(
-            f"{len(off)} of {len(present)} cores are switched off: {_as_list(off)}",
-            "sudo nvpmodel -m 0"
-            if is_jetson
-            else tee("1", (f"{_CPU}/cpu{core}/online" for core in off)),
-        )
-    isolated = set(core_list(machine.line(f"{_CPU}/isolated")) or ())
-    usable = set(online) if patient.usable is None else set(patient.usable)
-    if set(online) - isolated - usable:
-        return warning(
-            f"this process may use cores {_as_list(usable)} only, of {_as_list(online)}",
-            "start it without taskset, or give the container all cores (--cpuset-cpus)",
-        )
-    kinds = [f"{_as_list(own)} up to {mhz:.0f} MHz" for own, mhz in _kinds(machine)]
-    told = f" ({', '.join(kinds)})" if len(kinds) > 1 else ""
-    return ok(f"{len(online)} of {len(present)} online{told}")
-
-
-def _kinds(machine: Machine) -> list[tuple[set[int], float]]:
-    """Cores by their highest clock: a chip of two kinds of cores has two."""
-    kinds: dict[float, set[int]] = {}
-    for policy in machine.glob(f"{_CPU}/cpufreq/policy*"):
-        top_khz = machine.number(f"{policy}/cpuinfo_max_freq")
-        own = core_list((machine.line(f"{policy}/related_cpus") or "").replace(" ", ","))
-        if top_khz is not None and own:
-            kinds.setdefault(top_khz / 1e3, set()).update(own)
-    return [(own, mhz) for mhz, own in sorted(kinds.items())]
-
-
-def isolated_cores(patient: Patient) -> Finding | None:
-    """Cores that the kernel keeps free of other programs, and whether we are on them."""
-    isolated = core_list(patient.machine.line(f"{_CPU}/isolated"))
-    if not isolated:
-        return None
-    listed = _as_list(isolated)
-    if patient.usable is not None and set(isolated) <= patient.usable:
-        return ok(f"{listed}, and this process may use them")
-    return warning(
-        f"{listed} are kept free of other programs, but this process is not on them",
-        f"taskset -c {listed} edgeexit profile",
-    )
-
-
-def cpu_quota(patient: Patient) -> Finding | None:
-    """A container's or a service's share of the processor, after which it must pause."""
-    machine = patient.machine
-    shares = [share for share in _quotas(machine) if share is not None]
-    online = core_list(machine.line(f"{_CPU}/online")) or (0,)
-    if not shares or min(shares) >= len(online):
-        return ok("none")
-    share = min(shares)
-    return Finding(
-        FAILED if share < 1 else WARNING,
-        f"the control group grants {share:.2f} of {len(online)} cores, then pauses us",
-        "start the container without --cpus, the service without CPUQuota",
-    )
-
-
-def _quotas(machine: Machine) -> Iterable[float | None]:
-    """Cores that each control group above this process grants; None: no limit."""
-    for line in (machine.text("proc/self/cgroup") or "0::/").splitlines()[:_MOST_GROUPS]:
-        number, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if number != "0" and "cpu" not in controllers.split(","):
-            continue
-        top = "sys/fs/cgroup" + ("" if number == "0" else f"/{controllers}")
-        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
-        for depth in range(min(len(parts), _MOST_GROUPS) + 1):
-            folder = "/".join([top, *parts[:depth]])
-            if number == "0":
-                quota, _, period = (machine.line(f"{folder}/cpu.max") or "").partition(" ")
-                granted, of = finite(quota), finite(period)
-            else:
-                granted = machine.number(f"{folder}/cpu.cfs_quota_us")
-                of = machine.number(f"{folder}/cpu.cfs_period_us")
-            # "max", and -1 in the first version, mean no limit.
-            yield granted / of if granted and of and granted > 0 and of > 0 else None
 
 
 # ---------------------------------------------------------------- other programs, memory
@@ -358,7 +222,27 @@ def swap(patient: Patient) -> Finding | None:
     return ok(f"{used_mb:.0f} MB used" if places else "none")
 
 
-# ---------------------------------------------------------------- the wall clock
+# ---------------------------------------------------------------- free space, the date
+
+
+def folder(patient: Patient) -> Finding | None:
+    """Whether results can be written in the current folder."""
+    return _space(patient.folder)
+
+
+def temporary_folder(patient: Patient) -> Finding | None:
+    """Whether the system's folder for temporary files takes more."""
+    return _space(patient.temporary)
+
+
+def _space(place: Folder) -> Finding:
+    if not place.is_writable:
+        return failed("this process may not write there", "cd ~, or mount it writable")
+    seen = f"{place.free_bytes / 1e6:.0f} MB free"
+    if place.free_bytes < _LITTLE_BYTES:
+        judge = failed if place.free_bytes < _TOO_LITTLE_BYTES else warning
+        return judge(seen, "remove what is not needed; du -xh --max-depth=2 / shows what is large")
+    return ok(seen)
 
 
 def wall_clock(patient: Patient) -> Finding | None:
@@ -382,13 +266,11 @@ def wall_clock(patient: Patient) -> Finding | None:
 
 Check = Callable[[Patient], Finding | None]
 CHECKS: dict[str, Check] = {
-    "processor": processor,
-    "cores": cores,
-    "isolated cores": isolated_cores,
-    "cpu quota": cpu_quota,
     "other load": other_load,
     "pressure": pressure,
     "memory": memory,
     "swap": swap,
+    "folder": folder,
+    "temporary folder": temporary_folder,
     "wall clock": wall_clock,
 }

@@ -20,12 +20,12 @@ from edgeexit import doctor, installation, symptoms, vitals
 from edgeexit.cli import entry
 from edgeexit.device import find_device
 from edgeexit.errors import DeviceError, UsageError
-from edgeexit.installation import Folder, Installation, Trial, try_runtime
+from edgeexit.installation import Installation, Trial, try_runtime
 from edgeexit.machine import Machine
 from edgeexit.meters import MeterInfo, Sample
 from edgeexit.meters.check import LoadTest, judged
 from edgeexit.state import Reading, machine_facts, read_state
-from edgeexit.symptoms import FAILED, OK, UNKNOWN, WARNING, Finding, Patient, Process
+from edgeexit.symptoms import FAILED, OK, UNKNOWN, WARNING, Finding, Folder, Patient, Process
 
 WORKS = Trial(
     numpy="2.4.6",
@@ -36,9 +36,6 @@ WORKS = Trial(
 SOUND = Installation(
     installed={"ai-edge-litert": "2.3.0", "numpy": "2.4.6"},
     tags=("cp311-cp311-manylinux_2_27_aarch64",),
-    folders={
-        name: Folder(free_bytes=10**10, is_writable=True) for name in ("folder", "temporary folder")
-    },
     trial=WORKS,
 )
 CPU = "sys/devices/system/cpu"
@@ -305,7 +302,11 @@ def test_every_check_on_files_is_seen_to_fire_and_not_to_fire() -> None:
     fired = {name for name, status, *_ in CASES if status != OK}
 
     # What is not in the table has tests of its own below.
-    assert set(symptoms.CHECKS) | set(vitals.CHECKS) <= fired | {"power supply"}
+    assert set(symptoms.CHECKS) | set(vitals.CHECKS) <= fired | {
+        "power supply",
+        "folder",
+        "temporary folder",
+    }
 
 
 def test_the_supply_of_a_pi_5_must_grant_five_ampere(tmp_path: Path) -> None:
@@ -480,7 +481,12 @@ def patient(machine: Machine, **changes: Any) -> Patient:
         machine=machine,
         device=find_device("rpi5"),
         facts=machine_facts(machine),
-        **{"before": reading, "after": reading, "busy": reading, "now_s": time.time(), **changes},
+        **{
+            **dict.fromkeys(("before", "after", "busy"), reading),
+            **dict.fromkeys(("folder", "temporary"), Folder(free_bytes=10**10, is_writable=True)),
+            "now_s": time.time(),
+            **changes,
+        },
     )
 
 
@@ -548,12 +554,12 @@ def test_one_busy_domain_of_several_is_enough_to_see_the_clock(tmp_path: Path) -
 def test_cores_that_this_process_may_not_use_are_missed(tmp_path: Path) -> None:
     machine = sound(tmp_path)
     here = patient(machine, usable=frozenset({0, 1}))
-    assert "0-1 only, of 0-3" in symptoms.cores(here).seen
+    assert "0-1 only, of 0-3" in vitals.cores(here).seen
     put(machine, {f"{CPU}/isolated": "2-3\n"})
-    assert symptoms.cores(here).status == OK
-    assert symptoms.isolated_cores(here).status == WARNING
+    assert vitals.cores(here).status == OK
+    assert vitals.isolated_cores(here).status == WARNING
     on_them = patient(machine, usable=frozenset({2, 3}))
-    assert symptoms.isolated_cores(on_them).status == OK
+    assert vitals.isolated_cores(on_them).status == OK
 
 
 @pytest.mark.parametrize(
@@ -564,14 +570,43 @@ def test_a_board_without_a_clock_is_found_out(tmp_path: Path, seconds: float, st
     assert symptoms.wall_clock(patient(sound(tmp_path), now_s=seconds)).status == status
 
 
+@pytest.mark.parametrize(
+    ("free_bytes", "is_writable", "status"),
+    [
+        (10**12, True, OK),
+        (50 * 10**6, True, WARNING),
+        (10**6, True, FAILED),
+        (10**12, False, FAILED),
+    ],
+)
+def test_results_need_a_place(
+    tmp_path: Path, free_bytes: int, is_writable: bool, status: str
+) -> None:
+    place = Folder(free_bytes=free_bytes, is_writable=is_writable)
+
+    assert symptoms.folder(patient(Machine(tmp_path), folder=place)).status == status
+    assert symptoms.temporary_folder(patient(Machine(tmp_path), temporary=place)).status == status
+
+
+def test_a_folder_that_somebody_removed_takes_no_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board, here = sound(tmp_path / "board"), tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert look(board)["folder"].status == OK
+    here.rmdir()
+    assert look(board)["folder"].status == FAILED
+
+
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_lists_of_cores_are_read_as_the_kernel_writes_them(cores: set[int]) -> None:
-    assert symptoms.core_list(symptoms._as_list(cores)) == tuple(sorted(cores))
+    assert vitals.core_list(vitals._as_list(cores)) == tuple(sorted(cores))
 
 
 @pytest.mark.parametrize("text", ["", "x", "3-", "0-99999", "-1", "0--3", "1;2", "9" * 5000, None])
 def test_what_is_no_list_of_cores_is_none(text: str | None) -> None:
-    assert symptoms.core_list(text) is None
+    assert vitals.core_list(text) is None
 
 
 # ---------------------------------------------------------------- Python and its wheels
@@ -669,25 +704,6 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"trial": Trial(numpy="2", runtime="x", error="self-test logits differ by 9 here")},
     ),
     ("self-test", FAILED, "SIGSEGV", {"trial": Trial(numpy="2", runtime="x", died="by SIGSEGV")}),
-    (
-        "folder",
-        WARNING,
-        "50 MB",
-        {"folders": {"folder": Folder(free_bytes=50 * 10**6, is_writable=True)}},
-    ),
-    ("folder", FAILED, "1 MB", {"folders": {"folder": Folder(free_bytes=10**6, is_writable=True)}}),
-    (
-        "folder",
-        FAILED,
-        "may not write",
-        {"folders": {"folder": Folder(free_bytes=10**12, is_writable=False)}},
-    ),
-    (
-        "temporary folder",
-        FAILED,
-        "0 MB",
-        {"folders": {"temporary folder": Folder(free_bytes=0, is_writable=True)}},
-    ),
 ]
 
 
