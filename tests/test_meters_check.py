@@ -20,7 +20,7 @@ from edgeexit.device import find_device
 from edgeexit.errors import DeviceError
 from edgeexit.machine import ENVIRONMENT
 from edgeexit.meters import MeterInfo, Sample
-from edgeexit.meters.check import LoadTest, busy_cores, load_test
+from edgeexit.meters.check import LoadTest, busy_cores, load_test, machine_busy_s
 from tests.trees import tree
 
 RPI4 = find_device("rpi4")
@@ -51,6 +51,7 @@ class Board:
         self.is_counter, self.drop, self.drift_mw = is_counter, drop, drift_mw
         self.dies_at, self.pace = dies_at, pace
         self.is_busy, self.loads = False, 0
+        self.busy_s = self.other_load = 0.0
 
     @contextmanager
     def load(self, most_s: float) -> Iterator[None]:
@@ -68,6 +69,7 @@ class Board:
             power_mw = self.idle_mw + self.drift_mw * k * period_s
             power_mw += self.step_mw * self.is_busy + self.noise_mw * ((7 * k) % 5 - 2)
             total_mj += power_mw * period_s
+            self.busy_s += self.other_load * period_s * (os.cpu_count() or 1)
             at_ns = 10**9 + round(k * period_s * 1e9)
             if self.drop(k):
                 continue
@@ -79,7 +81,13 @@ class Board:
     def close(self) -> None: ...
 
     def tested(self, seconds: float = 6.0, device: str = "rpi4") -> LoadTest:
-        return load_test(self, find_device(device), seconds=seconds, load=self.load)
+        return load_test(
+            self,
+            find_device(device),
+            seconds=seconds,
+            load=self.load,
+            busy_s=lambda: self.busy_s,
+        )
 
 
 def kinds(test: LoadTest) -> list[str]:
@@ -158,6 +166,25 @@ def test_a_drifting_idle_is_said() -> None:
 
     assert kinds(test) == ["drift"]
     assert test.step_mw == pytest.approx(2600, abs=10)
+
+
+@pytest.mark.parametrize(("other_load", "said"), [(0.1, []), (0.5, ["load"])])
+def test_a_machine_that_was_not_idle_is_said(other_load: float, said: list[str]) -> None:
+    board = Board()
+    board.other_load = other_load
+
+    test = board.tested()
+
+    assert kinds(test) == said
+    assert test.other_load == pytest.approx(other_load, rel=0.05)
+
+
+def test_this_machines_busy_time_goes_on() -> None:
+    before_s = machine_busy_s()
+    with busy_cores(0.1):
+        time.sleep(0.1)
+
+    assert machine_busy_s() >= before_s > 0
 
 
 def test_a_meters_own_warning_is_repeated() -> None:

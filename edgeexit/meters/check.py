@@ -19,6 +19,7 @@ from typing import Any
 from edgeexit.device import Device
 from edgeexit.errors import DeviceError
 from edgeexit.meters import EnergyMeter, MeterInfo, Sample
+from edgeexit.meters.modelled import STAT, busy_ticks
 
 PARTS = ("idle", "busy", "after")
 FEWEST = 3
@@ -27,6 +28,7 @@ _SETTLE = 0.25
 _LEAST_RATE = 0.8
 _MOST_MISSING = 0.1
 _MOST_DRIFT = 0.05
+_MOST_OTHER_LOAD = 0.2
 _MOST_COST = 0.01
 # How far a sound reading may lie from the published watts of a board: other boards of the kind,
 # other peripherals, a load that is not the published one. A shunt wrong by ten is outside.
@@ -62,7 +64,8 @@ class LoadTest:
     noise_mw is the standard deviation of single readings while idle, step_mw what the load
     added. missing is the share of samples that did not come, jitter_ms what 95 % of the
     distances between samples stay within of the usual one, cost the share of one core that
-    reading took while idle. samples are raw: (milliseconds since the first, milliwatts).
+    reading took while idle, other_load the share of all cores that was busy then. samples are
+    raw: (milliseconds since the first, milliwatts).
     """
 
     info: MeterInfo
@@ -72,6 +75,7 @@ class LoadTest:
     jitter_ms: float
     missing: float
     cost: float
+    other_load: float
     samples: tuple[tuple[float, float], ...]
     findings: tuple[Finding, ...] = ()
 
@@ -101,6 +105,7 @@ class LoadTest:
             "jitter_ms": self.jitter_ms,
             "missing": self.missing,
             "cost": self.cost,
+            "other_load": self.other_load,
             "samples": [list(sample) for sample in self.samples],
         }
 
@@ -129,8 +134,19 @@ def busy_cores(most_s: float) -> Iterator[None]:
             child.wait()
 
 
+def machine_busy_s() -> float:
+    """Seconds that all cores of this machine together have been busy since it started."""
+    with open(f"/{STAT}", encoding="ascii", errors="replace") as file:  # noqa: PTH123
+        return busy_ticks(file.readline()) / os.sysconf("SC_CLK_TCK")
+
+
 def load_test(
-    meter: EnergyMeter, device: Device, *, seconds: float, load: Load = busy_cores
+    meter: EnergyMeter,
+    device: Device,
+    *,
+    seconds: float,
+    load: Load = busy_cores,
+    busy_s: Callable[[], float] = machine_busy_s,
 ) -> LoadTest:
     """
     Read *meter* for *seconds*: a third idle, a third under *load*, a third idle again.
@@ -140,11 +156,11 @@ def load_test(
     part_ns = round(seconds / 3 * 1e9)
     stream = iter(meter.samples())
     parts: list[list[Sample]] = []
-    cost = 0.0
+    cost = other_load = 0.0
     last: Sample | None = None
     for name in PARTS:
         with load(seconds) if name == "busy" else _idle():
-            before_s = _own_s()
+            before_s, busy_before_s = _own_s(), busy_s()
             part: list[Sample] = []
             for sample in stream:
                 _refuse_nonsense(meter.info, last, sample)
@@ -155,9 +171,13 @@ def load_test(
             else:
                 raise DeviceError(f"meter {meter.info.kind}: it ended during the test")
             if name == "idle":
-                cost = (_own_s() - before_s) / ((part[-1].at_ns - part[0].at_ns) / 1e9)
+                passed_s = (part[-1].at_ns - part[0].at_ns) / 1e9
+                cost = (_own_s() - before_s) / passed_s
+                other_load = (busy_s() - busy_before_s) / passed_s / (os.cpu_count() or 1)
         parts.append(part)
-    return judged(meter.info, parts, device, cost=cost, seconds=seconds)
+    return judged(
+        meter.info, parts, device, cost=cost, other_load=min(1.0, other_load), seconds=seconds
+    )
 
 
 def judged(
@@ -166,6 +186,7 @@ def judged(
     device: Device,
     *,
     cost: float,
+    other_load: float = 0.0,
     seconds: float,
 ) -> LoadTest:
     """What the samples of the three *parts* say about the meter. Pure."""
@@ -200,6 +221,7 @@ def judged(
         jitter_ms=off_ms[int(0.95 * (len(off_ms) - 1))],
         missing=lost / (lost + len(everything)),
         cost=cost,
+        other_load=other_load,
         samples=tuple(((at_ns - first_ns) / 1e6, value) for at_ns, value in _powers(everything)),
     )
     return replace(test, findings=tuple(_findings(test, device, settled)))
@@ -226,6 +248,12 @@ def _findings(
             f"all cores busy: {test.power_mw['busy'] / 1e3:.3f} W after {idle_mw / 1e3:.3f} W "
             "idle; expected clearly more: other load, a meter of something else, or a stuck one",
             is_bad=True,
+        )
+    if test.other_load > _MOST_OTHER_LOAD:
+        say(
+            "load",
+            f"{test.other_load:.0%} of the cores were busy while this machine should have been "
+            "idle; stop other programs and test again",
         )
     if test.info.label != "modelled":
         found += _against_device(test, device)

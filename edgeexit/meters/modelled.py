@@ -16,7 +16,7 @@ from edgeexit.meters import Found, MeterInfo, Spec, tried
 from edgeexit.meters.sysfs import Kept, Polled
 
 _KIND = "modelled"
-_STAT = "proc/stat"
+STAT = "proc/stat"
 _RATE_HZ = 10.0
 _MOST_HZ = "20"
 _CORES = re.compile(r"^cpu[0-9]+ ", re.MULTILINE)
@@ -44,7 +44,7 @@ class Modelled(Polled):
         core_w: float,
         clock_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
-        self._stat = Kept(machine, _STAT)
+        self._stat = Kept(machine, STAT)
         super().__init__(info, self._stat)
         self._idle_w, self._core_w, self._clock_ns = idle_w, core_w, clock_ns
         self._began_ns = clock_ns()
@@ -70,7 +70,7 @@ def busy_ticks(text: str) -> int:
     """Ticks that all cores have spent on programs and interrupts, by the text of /proc/stat."""
     words = text.partition("\n")[0].split()
     if words[:1] != ["cpu"] or len(words) < 8 or not all(w.isdigit() for w in words[1:]):
-        raise DeviceError(f"/{_STAT}: expected a first line 'cpu' with counters")
+        raise DeviceError(f"/{STAT}: expected a first line 'cpu' with counters")
     user, nice, system, _idle, _iowait, irq, softirq = map(int, words[1:8])
     return user + nice + system + irq + softirq
 
@@ -85,9 +85,9 @@ def open_meter(spec: Spec, machine: Machine, device: Device) -> Modelled:
             hint=f"copy devices/{device.name}.toml, add the facts idle_w and core_w (or busy_w) "
             "with their source, and name the copy with --device",
         )
-    cores = len(_CORES.findall(machine.text(_STAT) or ""))
+    cores = len(_CORES.findall(machine.text(STAT) or ""))
     if not cores:
-        raise DeviceError(f"{machine.path(_STAT)}: lists no cores")
+        raise DeviceError(f"{machine.path(STAT)}: lists no cores")
     sources = {
         key: {"source": fact.source, "verified": fact.verified}
         for key, fact in device.facts.items()
