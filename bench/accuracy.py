@@ -7,11 +7,11 @@ The shipped network on the `report` split: float against int8 at every exit, and
 import tempfile
 from pathlib import Path
 
-from common import save
+from common import profiled, save
 
 
 def main() -> None:
-    from edgeexit import demo, profile
+    from edgeexit import demo
     from edgeexit.evaluate import record
     from edgeexit.host.convert import convert
     from edgeexit.samples import find_set
@@ -20,7 +20,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = demo.copy_of_shipped_bundle(Path(folder))
         real = convert(demo.example("fashion.pt"), Path(folder) / "float.edgeexit", scheme="float")
-        costs = profile.measure(bundle, "host", processes=5, time_cap_s=40)
+        costs = profiled(bundle, time_cap_s=40)
         accuracy = {
             scheme: record(made, report).correct().mean(axis=0).tolist()
             for scheme, made in (("int8", bundle), ("float", real))
@@ -28,6 +28,7 @@ def main() -> None:
     full = costs.case(bundle.exits, bundle.exits[-1])
     assert full is not None
     figures = {
+        "profile": costs.verdict.status,
         "checkpoint_bytes": demo.example("fashion.pt").stat().st_size,
         "bundle_bytes": sum(f.stat().st_size for f in demo.example(demo.BUNDLE).rglob("*")),
     }

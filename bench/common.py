@@ -42,6 +42,17 @@ def options(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
+def profiled(bundle: Any, time_cap_s: float) -> Any:
+    """The profile of *bundle* here: ten processes at least, short blocks, half a percent wanted."""
+    from edgeexit.collect import Limits
+    from edgeexit.instrument import measure
+
+    limits = Limits(processes=10, precision=0.005, time_cap_s=time_cap_s, block_ms=4.0)
+    found = measure(bundle, "host", limits=limits)
+    print(f"  profile of {bundle.name}: {found.verdict}", file=sys.stderr)
+    return found
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, smallest and largest of *values*, and how many there are."""
     return {

@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from common import in_processes, options, save, spread
+from common import in_processes, options, profiled, save, spread
 
 
 def worker(path: Path, seed: int) -> dict[str, float]:
@@ -41,19 +41,22 @@ def main() -> None:
     if given.worker:
         print(json.dumps(worker(given.worker, given.seed)))
         return
-    from edgeexit import demo, profile, tune
+    from edgeexit import demo, tune
     from edgeexit.evaluate import evaluate
     from edgeexit.samples import find_set
 
     with tempfile.TemporaryDirectory() as folder:
         bundle = demo.copy_of_shipped_bundle(Path(folder))
-        costs = profile.measure(bundle, "host", processes=5, time_cap_s=40)
-        policy = tune.choose(demo.shipped_record(), costs, demo.MAX_ACCURACY_DROP)
+        costs = profiled(bundle, time_cap_s=40)
+        policy = tune.choose(
+            *(demo.shipped_record(), costs, demo.MAX_ACCURACY_DROP), accept_disturbed=True
+        )
         policy.save(bundle.policy_path("host"))
         report = find_set("fashion-mnist").split("report")
         full, tuned = evaluate(bundle, report, None), evaluate(bundle, report, policy)
         runs = in_processes(given.processes, "early_exit.py", str(bundle.path))
     figures = {
+        "profile": costs.verdict.status,
         "accuracy_full": full.accuracy,
         "accuracy_policy": tuned.accuracy,
         "exit_rates": list(tuned.exit_rates),

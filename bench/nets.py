@@ -1,5 +1,7 @@
 """Bundles of the zoo's nets for measurements: random weights, batch statistics of real samples."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +71,15 @@ def settle(model: nn.Module, real: np.ndarray, preprocess: Preprocess) -> nn.Mod
     return model.eval()
 
 
-def checkpoint_of(name: str, folder: Path) -> tuple[Path, Path]:
-    """Write checkpoint and calibration file of the zoo's net *name* below *folder*."""
+def checkpoint_of(name: str, folder: Path, exits: Sequence[int] | None = None) -> tuple[Path, Path]:
+    """
+    Write checkpoint and calibration file of the zoo's net *name* below *folder*.
+
+    *exits* are its early exits, as numbers of blocks (None: the net's own).
+    """
     net, preprocess = ZOO[name], preprocess_of(name)
+    if exits is not None:
+        net = replace(net, kwargs={**net.kwargs, "exits": list(exits)})
     samples = real_samples(name, 128)
     if len(samples) < 50:
         raise Unsupported(f"{name}: too few real samples at hand")
@@ -101,10 +109,10 @@ def checkpoint_of(name: str, folder: Path) -> tuple[Path, Path]:
     return path, data
 
 
-def bundle_of(name: str, folder: Path) -> Bundle:
-    """The int8 bundle of the zoo's net *name*, made once per *folder*."""
+def bundle_of(name: str, folder: Path, exits: Sequence[int] | None = None) -> Bundle:
+    """The int8 bundle of the zoo's net *name*, with these *exits*, made once per *folder*."""
     target = folder / f"{name}.edgeexit"
     if target.is_dir():
         return load_bundle(target)
-    path, data = checkpoint_of(name, folder)
+    path, data = checkpoint_of(name, folder, exits)
     return convert(path, target, data)

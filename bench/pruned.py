@@ -12,7 +12,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from common import in_processes, options, save, spread
+from common import in_processes, options, profiled, save, spread
 
 NAMES = ("dense", "pruned")
 
@@ -46,7 +46,7 @@ def main() -> None:
     if given.worker:
         print(json.dumps(worker(given.worker, given.seed)))
         return
-    from edgeexit import demo, profile, tune
+    from edgeexit import demo, tune
     from edgeexit.evaluate import evaluate
     from edgeexit.samples import find_set
 
@@ -56,10 +56,14 @@ def main() -> None:
         shipped = ((demo.BUNDLE, demo.RECORD), (demo.PRUNED_BUNDLE, demo.PRUNED_RECORD))
         for name, (file, record) in zip(NAMES, shipped, strict=True):
             bundle = demo.copy_of_shipped_bundle(Path(folder), file)
-            costs = profile.measure(bundle, "host", processes=5, time_cap_s=30)
-            policy = tune.choose(demo.shipped_record(record), costs, demo.MAX_ACCURACY_DROP)
+            costs = profiled(bundle, time_cap_s=30)
+            policy = tune.choose(
+                *(demo.shipped_record(record), costs, demo.MAX_ACCURACY_DROP),
+                accept_disturbed=True,
+            )
             policy.save(bundle.policy_path("host"))
             figures |= {
+                f"{name}_profile": costs.verdict.status,
                 f"{name}_exit_accuracies": [
                     evaluate(bundle, report, forced(bundle, exit_name)).accuracy
                     for exit_name in bundle.exits

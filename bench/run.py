@@ -90,6 +90,15 @@ def _zoo(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _parts(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "exits", "fitted from", "paths priced", "off by at most", "median", "profile"]]
+    for name, f in found.items():
+        counts = [str(f[key]) for key in ("exits", "fitted_from", "predicted")]
+        off = [f"{f['worst_off']:.1%}", f"{f['median_off']:.1%}"]
+        rows.append([name, *counts, *off, f["profile"]])
+    return rows
+
+
 def _pruned(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "dense", "pruned"]]
     for key, name in (("full", "every exit computed"), ("policy", "with its policy")):
@@ -116,6 +125,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "pruned": ("What pruning adds: the shipped network and its pruned form", _pruned),
     "accuracy": ("The shipped network, exit by exit, on `report`", _accuracy),
     "cutting": ("What cutting costs", _cutting),
+    "parts": ("Paths priced from their parts against the same paths timed", _parts),
     "conversion": ("What converting costs, imports included", _conversion),
     "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
 }
