@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeexit.blocks import Block, Case, Mode, Process
+from edgeexit.blocks import CLEAN, Block, Case, Mode, Process, Verdict
 from edgeexit.profile import Profile
 from edgeexit.state import Reading
 
@@ -128,6 +128,7 @@ def built_profile(
         "machine": MACHINE,
         "before": replace(_reading(10**12 - 10**8, 5e6, 0.0), clocks_mhz=(600.0,)),
         "after": _reading(now_ns + 10**8, busy_ms, ended_ms),
+        "verdict": Verdict(status=CLEAN),
         "measured_at": "2026-01-02T03:04:05Z",
     }
     return Profile(**{**fields, **more})
