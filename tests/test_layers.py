@@ -58,6 +58,7 @@ ROOMS = (
     "verdict",
     "instrument",
     "compare",
+    "prices",
     "tune",
     "report",
     "recording",

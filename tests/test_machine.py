@@ -148,7 +148,7 @@ def test_a_root_that_is_not_there_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGEEXIT_SYSROOT", str(tmp_path / "absent"))
-    with pytest.raises(UsageError, match="EDGEEXIT_SYSROOT: .*absent: no such folder"):
+    with pytest.raises(UsageError, match=r"EDGEEXIT_SYSROOT: .*absent: no such folder"):
         this_machine()
     monkeypatch.setenv("EDGEEXIT_SYSROOT", str(tmp_path))
     assert this_machine().root == tmp_path
