@@ -10,6 +10,7 @@ from edgeexit.cli import entry
 from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.overlap import Bloom
 from edgeexit.policy import DROPPED, Confidence, Policy
+from edgeexit.report import policy_table
 from edgeexit.search import leaves_at
 from edgeexit.state import Reading
 
@@ -169,6 +170,7 @@ def test_with_many_exits_sets_that_were_not_timed_are_priced_and_marked() -> Non
     assert costs["origin"] == "fitted"
     assert costs["kept"] == list(policy.kept)
     assert costs["worst_residual"] < 1e-6
+    assert "fitted from 15 other paths" in " ".join(policy_table(policy).split())
     for name, ms in policy.expected["exit_ms"].items():
         heads = policy.kept.index(name) + 1
         assert ms == pytest.approx((60e3 * (SIX.index(name) + 1) + 8e3 * heads) / 1e6)
@@ -280,6 +282,7 @@ def test_a_smaller_set_takes_its_time_at_the_power_of_the_same_exits() -> None:
 
     assert policy.kept != EXITS
     assert policy.expected["energy_origin"] == "fitted"
+    assert "Joules: external, idling included, at the power" in policy_table(policy)
     assert policy.expected["mean_mj"] == pytest.approx(3 * policy.expected["mean_ms"], rel=0.01)
 
 
