@@ -78,7 +78,7 @@ def processor(patient: Patient) -> Finding | None:
 def core_list(text: str | None) -> tuple[int, ...] | None:
     """The cores that the kernel writes as "0-3,6"; None if *text* is no such list."""
     found: set[int] = set()
-    for part in (text or "").split(",") if text else ():
+    for part in (text or "").split(","):
         match = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", part.strip())
         if match is None:
             return None
@@ -86,7 +86,7 @@ def core_list(text: str | None) -> tuple[int, ...] | None:
         if last >= _MOST_CORES:
             return None
         found.update(range(first, last + 1))
-    return tuple(sorted(found)) if text else None
+    return tuple(sorted(found)) or None
 
 
 def _as_list(cores: Iterable[int]) -> str:

@@ -604,7 +604,9 @@ def test_lists_of_cores_are_read_as_the_kernel_writes_them(cores: set[int]) -> N
     assert vitals.core_list(vitals._as_list(cores)) == tuple(sorted(cores))
 
 
-@pytest.mark.parametrize("text", ["", "x", "3-", "0-99999", "-1", "0--3", "1;2", "9" * 5000, None])
+@pytest.mark.parametrize(
+    "text", ["", "x", "3-1", "3-", "0-99999", "-1", "0--3", "1;2", "9" * 5000, None]
+)
 def test_what_is_no_list_of_cores_is_none(text: str | None) -> None:
     assert vitals.core_list(text) is None
 
@@ -791,7 +793,16 @@ def _names() -> list[str]:
 
 
 NAMES = _names()
+
+
+def sparse(path: Path) -> None:
+    """8 GiB of nothing."""
+    with path.open("wb") as file:
+        file.truncate(1 << 33)
+
+
 JUNK: dict[str, Callable[[Path], object]] = {
+    "huge": sparse,
     "empty": lambda path: path.write_bytes(b""),
     "binary": lambda path: path.write_bytes(bytes(range(256)) * 3),
     "digits": lambda path: path.write_bytes(b"9" * (1 << 15)),
