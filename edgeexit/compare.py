@@ -30,6 +30,8 @@ TIME, YARDSTICK = "time", "yardstick"
 SIGNIFICANT = 0.01
 # ... and if it is more than what a machine does from one day to the next.
 LEAST = 0.005
+# Wider intervals hide what users ask about.
+_VAGUE = 0.05
 # Beyond this the machine as a whole was another one; below, the yardstick adds only its noise.
 _YARDSTICKS_DIFFER = 0.01
 # Facts that make another machine: its yardstick would hide what the comparison is about.
@@ -115,7 +117,9 @@ class Comparison:
             return f"cannot tell: {mine} and {yours} processes are too few to show a difference"
         low = min(self.ratio(row).low for row in self.rows)
         high = max(self.ratio(row).high for row in self.rows)
-        return f"no difference (all ratios lie within {low:.3f} .. {high:.3f})"
+        if low > 1 - _VAGUE and high < 1 + _VAGUE:
+            return f"no difference (all ratios lie within {low:.3f} .. {high:.3f})"
+        return f"no difference seen, but ratios of {low:.3f} .. {high:.3f} fit: measure longer"
 
     def energy_summary(self) -> str | None:
         """The same for joules; None without them."""
@@ -283,7 +287,8 @@ _FACTS: dict[str, Callable[[Profile], Any]] = {
 def _notes(a: Profile, b: Profile) -> Iterator[str]:
     for name, profile in (("A", a), ("B", b)):
         if profile.verdict.status != CLEAN:
-            yield f"{name} is {printable(str(profile.verdict))}"
+            kinds = dict.fromkeys(reason.kind for reason in profile.verdict.reasons)
+            yield f"{name} is {profile.verdict.status.upper()} ({_listed(list(kinds))})"
     for what, mine, yours in _facts(a, b):
         yield f"{_shown(what)} differs: {_shown(mine)} in A, {_shown(yours)} in B"
     for name, mine, yours in (("A", a.exits, b.exits), ("B", b.exits, a.exits)):

@@ -84,7 +84,7 @@ def profile_table(profile: Profile, *, everything: bool = False) -> str:
     head = (
         f"{profile.bundle_name} on {profile.device}, {profile.mode}: {profile.runtime}{delegate}, "
         f"{threads}{pinned}; {_count(len(profile.processes), 'process', 'processes')}, "
-        f"{_count(blocks, 'block', 'blocks')} of each path"
+        f"{_count(blocks, 'block', 'blocks')} each"
     )
     sections = [_wrapped(head), _costs(profile), _parts(profile)]
     if everything:
@@ -385,8 +385,9 @@ def _policy_notes(policy: Policy) -> list[str]:
         )
     verdict = provenance.get("profile_verdict", {})
     if verdict.get("status", CLEAN) != CLEAN:
-        lines.append(f"The profile was {verdict['status'].upper()}: do not trust the ms blindly.")
-    return [*lines, ""] if lines else []
+        status = verdict["status"]
+        lines.append(f"The profile was {status.upper()}: {STATUSES[status]}.")
+    return [*(_wrapped(line) for line in lines), ""] if lines else []
 
 
 def evaluation_table(evaluation: Evaluation) -> str:

@@ -1,16 +1,23 @@
 """Each way in which a machine can spoil a measurement has its own reason; quiet runs have none."""
 
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from profiles import EXITS, built_profile, slowed, watched_cases, with_blocks, with_readings
 from simulated import ClockFall, Event, Hog, Nature, Pause, SimulatedMachine, Slower
+from small import small_bundle
 
 from edgeexit.blocks import (
     CLEAN,
@@ -23,6 +30,8 @@ from edgeexit.blocks import (
     Case,
     Mode,
 )
+from edgeexit.collect import Limits
+from edgeexit.instrument import measure
 from edgeexit.profile import Profile
 from edgeexit.state import Reading
 from edgeexit.verdict import judge, unseen, watched
@@ -373,3 +382,43 @@ def test_the_full_set_and_the_network_without_exits_decide() -> None:
     ]
     shared = Case(kept=EXITS, exit="exit0", also=((("exit0",), "exit0"),))
     assert watched(built_profile(cases=(shared, *CASES[1:]), rounds=2))[0] == shared
+
+
+# ---------------------------------------------------------------- for real
+
+
+LIMITS = Limits(processes=5, precision=0.5, time_cap_s=1.5, block_ms=10)
+
+
+def test_a_real_hog_beside_a_real_measurement_is_noticed(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path, exits=1)
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as hog:
+        try:
+            verdict = measure(bundle, limits=LIMITS).verdict
+        finally:
+            hog.kill()
+    assert verdict.status == DISTURBED
+    assert "load" in {reason.kind for reason in verdict.reasons}, verdict
+
+
+def test_a_real_process_that_is_stopped_is_noticed(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path, exits=1)
+    is_over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not is_over.wait(0.1):
+            for child in psutil.Process().children():
+                with suppress(psutil.Error):
+                    child.suspend()
+                    is_over.wait(0.2)
+                    child.resume()
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        verdict = measure(bundle, limits=LIMITS).verdict
+    finally:
+        is_over.set()
+        thread.join()
+    assert verdict.status == DISTURBED
+    assert "paused" in {reason.kind for reason in verdict.reasons}, verdict
