@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from edgeexit.device import find_device
 from edgeexit.errors import DeviceError, UsageError
-from edgeexit.meters import find_meters, open_meter
+from edgeexit.meters import find_meters, open_meter, pmic
 from edgeexit.meters.pmic import (
     INPUT_OFFSET_MW,
     INPUT_SLOPE,
@@ -226,6 +226,23 @@ def test_the_mailbox_gives_the_same_text_without_a_process() -> None:
 @pytest.mark.parametrize(("code", "error"), [(0x80000001, 0), (0, 0), (0x80000000, 1)])
 def test_a_mailbox_that_refuses_says_nothing(code: int, error: int) -> None:
     assert firmware_text(7, "x", Firmware(b"half", code, error).ioctl) is None
+
+
+@pytest.mark.parametrize("door", ["vcio", "vcio_gencmd"])
+def test_where_there_is_a_mailbox_it_is_asked(
+    door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = [PMIC, PMIC.replace("=0.81262990A", "=0.00000000A"), "cut"]
+    monkeypatch.setattr(pmic, "firmware_text", lambda *_: answers.pop(0))
+    machine = tree(tmp_path, "rpi5", files={f"dev/{door}": ""}, commands={ASK: None})
+    meter = open_meter("pmic", machine, RPI5)
+    assert isinstance(meter, Pmic)
+
+    assert meter.info.instrument.endswith("vcio")
+    assert meter.read() == pytest.approx(1827.047 - 812.6299 * 0.8606585, abs=0.001)
+    assert meter.read() is None
+    meter.close()
+    meter.close()
 
 
 def test_without_a_mailbox_the_door_is_named(tmp_path: Path) -> None:

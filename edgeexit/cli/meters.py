@@ -139,7 +139,7 @@ def _table(spec: str, found: "LoadTest") -> str:
         f"  idle       {power_w['idle']:.3f} W, afterwards {power_w['after']:.3f} W",
         f"  busy       {power_w['busy']:.3f} W on all cores: {found.step_mw / 1e3:+.3f} W",
         f"  noise      {found.noise_mw:.1f} mW in a single reading",
-        f"  rate       {found.rate_hz:.1f} Hz (stated: {found.info.rate_hz:g} Hz), "
+        f"  rate       {found.rate_hz:.1f} Hz (stated: {found.info.rate_hz:.4g} Hz), "
         f"jitter {found.jitter_ms:.2f} ms, {found.missing:.0%} missing",
         f"  cost       {found.cost:.2%} of one core",
         *(f"  {'wrong' if one.is_bad else 'note':9}  {one.text}" for one in found.findings),

@@ -28,6 +28,7 @@ _LINE = re.compile(
     r"([A-Z0-9_]{1,32})_([AV]) (current|volt)\([0-9]{1,3}\)=(-?[0-9]{1,6}\.[0-9]{1,12})([AV])"
 )
 _UNITS = {"A": "current", "V": "volt"}
+_DOORS = ("dev/vcio_gencmd", "dev/vcio")
 _HINT = "only a Raspberry Pi 5, CM5 or 500 measures its rails"
 
 # One board, a USB-C power meter at its input, several loads.
@@ -134,12 +135,14 @@ class Pmic(Polled):
 
 def open_meter(spec: Spec, machine: Machine, device: Device) -> Pmic:
     """
-    The rails; `pmic[,rate=HZ][,via=vcio]`.
+    The rails; `pmic[,rate=HZ][,via=vcgencmd]`.
 
-    via=vcio asks the firmware through /dev/vcio instead of starting vcgencmd for each sweep.
+    Where there is a mailbox the firmware is asked through it, as vcgencmd does it: a process for
+    every sweep would cost more than all the rest.
     """
     spec.only("rate", "via")
-    via = spec.choice("via", ("vcgencmd", "vcio"), "vcgencmd")
+    has_door = any(map(machine.exists, _DOORS))
+    via = spec.choice("via", ("vcgencmd", "vcio"), "vcio" if has_door else "vcgencmd")
     descriptors: list[int] = []
     ask: Callable[[], str | None]
     if via == "vcio":
@@ -231,8 +234,11 @@ def firmware_text(
 
 
 def _open_vcio(machine: Machine) -> int:
-    path = machine.path("dev/vcio")
+    path = machine.path(next(filter(machine.exists, _DOORS), _DOORS[-1]))
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise DeviceError(f"{path}: cannot be opened: {error.strerror}", hint=_HINT) from error
+        raise DeviceError(
+            f"{path}: cannot be opened: {error.strerror}",
+            hint=f"{_HINT}; this user must be in the group video",
+        ) from error

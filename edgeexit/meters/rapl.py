@@ -12,7 +12,7 @@ from edgeexit.meters import Found, MeterInfo, Spec, tried
 from edgeexit.meters.sysfs import Kept, Polled
 
 _KIND = "rapl"
-_RATE_HZ = 50.0
+_RATE_HZ = 20.0
 # Packages only: intel-rapl:0:1 and the like are parts of intel-rapl:0, the domain "psys" holds
 # all packages, and intel-rapl-mmio counts the same package by another way.
 _ZONES = "sys/class/powercap/intel-rapl:[0-9]*"
