@@ -358,7 +358,7 @@ def test_an_implausible_meter_is_exit_code_5_with_the_document_all_the_same(
 
     assert code == 5
     assert json.loads(out)["verdict"] == "implausible"
-    assert err.count("\n") == 1
+    assert 1 <= err.count("\n") <= 2  # a busy machine is told in a hint
     assert "implausible: all cores busy" in err
 
 

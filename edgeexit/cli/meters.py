@@ -127,7 +127,10 @@ def test(
     click.echo(json_bytes(found.to_document()) if as_json else _table(spec, found), nl=False)
     bad = [finding.text for finding in found.findings if finding.is_bad]
     if bad:
-        raise DeviceError(f"meter {spec}: implausible: {bad[0]}")
+        raise DeviceError(
+            f"meter {spec}: implausible: {bad[0]}",
+            hint=next((one.text for one in found.findings if one.kind == "load"), None),
+        )
 
 
 def _table(spec: str, found: "LoadTest") -> str:
