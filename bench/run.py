@@ -91,11 +91,12 @@ def _zoo(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _parts(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["net", "exits", "fitted from", "paths priced", "off by at most", "median", "profile"]]
+    rows = [["net", "exits", "fitted from", "paths priced", "off by at most", "median"]]
+    rows[0] += ["in CPU time", "± of the timed"]
     for name, f in found.items():
-        counts = [str(f[key]) for key in ("exits", "fitted_from", "predicted")]
-        off = [f"{f['worst_off']:.1%}", f"{f['median_off']:.1%}"]
-        rows.append([name, *counts, *off, f["profile"]])
+        counts = [str(f[key]) for key in ("exits", "fitted_from", "priced")]
+        keys = ("worst_off", "median_off", "worst_off_cpu", "worst_half_width")
+        rows.append([name, *counts, *(f"{f[key]:.1%}" for key in keys)])
     return rows
 
 
