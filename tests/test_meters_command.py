@@ -1,12 +1,19 @@
 """A program as a meter: whatever it prints, the answer is a value or a refusal, in time."""
 
+import http.server
+import importlib.util
 import itertools
 import math
 import os
+import pty
+import select
 import shlex
+import struct
 import sys
+import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +26,7 @@ from edgeexit.meters import EnergyMeter, Sample, open_meter
 from edgeexit.meters.command import ENERGIES, POWERS, Values
 
 HOST = find_device("host")
+EXAMPLES = Path(__file__).parent.parent / "examples" / "meters"
 
 
 def meter(script: str, options: str = "") -> EnergyMeter:
@@ -267,6 +275,108 @@ def test_python_programs_print_at_once() -> None:
         assert len(list(itertools.islice(found.samples(), 3))) == 3
     finally:
         found.close()
+
+
+def example(name: str) -> ModuleType:
+    """A program of examples/meters as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("kind", "last"), [(0x81, 0x8E), (0x82, 0x96), (0x83, 0x9E)])
+def test_an_fnb58_is_asked_as_its_own_software_does(kind: int, last: int) -> None:
+    """The three requests are known as whole reports: so is how the checksum is made."""
+    request = example("fnb58").request(kind)
+
+    assert (len(request), request[0], request[1], request[-1]) == (64, 0xAA, kind, last)
+
+
+def test_an_fnb58s_report_is_read_and_a_damaged_one_is_not() -> None:
+    fnb58 = example("fnb58")
+    body = b"\x04" + b"".join(
+        struct.pack("<IIHHBH", 510_000, 100_000 * amps, 0, 0, 1, 250) for amps in (1, 1, 2, 2)
+    )
+    body += b"\0" * (62 - len(body))
+    report = b"\xaa" + body + bytes([fnb58.checksum(body)])
+
+    assert fnb58.watts(report) == pytest.approx(5.1 * 1.5)
+    assert fnb58.watts(report[:9] + b"\x55" + report[10:]) is None
+    assert fnb58.watts(fnb58.request(0x83)) is None
+    assert fnb58.watts(report[:63]) is None
+
+
+def test_a_um25c_is_read_over_its_serial_line() -> None:
+    """A pseudo terminal answers as the meter does: 130 bytes for each 0xf0."""
+    ours, theirs = pty.openpty()
+    stop = threading.Event()
+
+    def answer() -> None:
+        while not stop.is_set():
+            if select.select([ours], [], [], 0.05)[0] and b"\xf0" in os.read(ours, 10):
+                os.write(ours, struct.pack(">HHHI120x", 0x0963, 5100, 8000, 4080))
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    spec = f"command:{sys.executable} {EXAMPLES}/um25c.py {os.ttyname(theirs)},rate=2"
+    try:
+        found = open_meter(spec, Machine(), HOST)
+        assert next(found.samples()).power_mw == 4080
+        found.close()
+    finally:
+        stop.set()
+        thread.join()
+        os.close(ours)
+        os.close(theirs)
+    assert found.info.details["program"].endswith("um25c.py")
+
+
+PLUGS = {
+    "shelly": ("/rpc/Switch.GetStatus?id=0", '{"id":0,"output":true,"apower":4.8,"voltage":230.1}'),
+    "shelly1": ("/status", '{"meters":[{"power":4.8,"is_valid":true,"total":439237}]}'),
+    "tasmota": (
+        "/cm?cmnd=Status%208",
+        '{"StatusSNS":{"Time":"2022-01-11T21:57:38","ENERGY":{"Power":4.8,"Voltage":233}}}',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLUGS)
+def test_a_plug_is_read_over_http(kind: str) -> None:
+    path, text = PLUGS[kind]
+
+    class Plug(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == path else 404)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Plug) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            port = server.server_address[1]
+            spec = f"command:{sys.executable} {EXAMPLES}/plug.py {kind} 127.0.0.1:{port},rate=1"
+            found = open_meter(spec, Machine(), HOST)
+            try:
+                assert next(found.samples()).power_mw == 4800
+            finally:
+                found.close()
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "127.0.0.1" not in str(found.info)
+
+
+@pytest.mark.parametrize("name", ["fnb58", "um25c", "plug"])
+def test_an_example_that_nobody_tried_on_the_real_thing_says_so_first(name: str) -> None:
+    assert "UNTESTED on a real" in (EXAMPLES / f"{name}.py").read_text().splitlines()[0]
 
 
 @settings(max_examples=300, deadline=None)
