@@ -325,11 +325,11 @@ QUIET: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("kind", QUIET)
-def test_fewer_than_one_quiet_series_of_a_hundred_shows_a_trend(kind: str) -> None:
+def test_none_of_a_hundred_quiet_series_shows_a_trend(kind: str) -> None:
     rng = np.random.default_rng(1)
-    found = [trend_of(np.exp(QUIET[kind](rng, 200))) for _ in range(100)]
+    found = [trend_of(np.exp(QUIET[kind](rng, 40))) for _ in range(100)]
 
-    assert sum(one.drifts() or one.steps() for one in found) < 1
+    assert not [one for one in found if one.drifts() or one.steps()]
 
 
 def test_a_lasting_step_is_found_with_its_size_and_place() -> None:
