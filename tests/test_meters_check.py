@@ -332,7 +332,21 @@ def test_what_is_missing_is_said_with_what_to_type(
     out, err = capsys.readouterr()
 
     assert "ina219,shunt=OHM" in out
-    assert "nothing in this machine measures its power" in err
+    assert "nothing here measures this machine's power as it stands" in err
+
+
+def test_what_a_donated_tree_calls_its_rails_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = "sys/class/hwmon/hwmon1/in1_label"
+    tree(tmp_path, "jetson-orin-nano", files={label: "VDD\x1b[2J\nIN"})
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
+
+    assert entry(["meters", "list"]) == 0
+    out, err = capsys.readouterr()
+
+    assert "\x1b" not in out + err
+    assert "VDD" in out
 
 
 def test_a_recording_is_tested_and_saved_for_replay(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeexit.cli import finite
-from edgeexit.errors import DeviceError
+from edgeexit.errors import DeviceError, printable
 
 if TYPE_CHECKING:
     from edgeexit.meters.check import LoadTest
@@ -61,16 +61,16 @@ def list_meters(device_name: str | None, as_json: bool) -> None:
         click.echo(json_bytes(document), nl=False)
         return
     for one in found:
-        if one.info is None:
-            click.echo(f"{one.spec:30}  not usable as it stands: {one.title}")
-            click.echo(f"    {one.reason}")
-            continue
-        click.echo(f"{one.spec:30}  {one.info.label}, {one.info.rate_hz:g} Hz: {one.title}")
-        click.echo(f"    sees {one.info.boundary}")
-        if "warning" in one.info.details:
-            click.echo(f"    {one.info.details['warning']}")
+        lines = [f"    {one.reason}"]
+        state = "not usable as it stands"
+        if one.info is not None:
+            state = f"{one.info.label}, {one.info.rate_hz:.4g} Hz"
+            lines = [f"    sees {one.info.boundary}"]
+            lines += [f"    {one.info.details['warning']}"] if "warning" in one.info.details else []
+        for line in (f"{one.spec:30}  {state}: {one.title}", *lines):
+            click.echo(printable(line))
     if not any(one.info and one.info.label != "modelled" for one in found):
-        click.echo("nothing in this machine measures its power", err=True)
+        click.echo("nothing here measures this machine's power as it stands", err=True)
     click.echo(
         "never found, only named: command:'PROGRAM', ssh:HOST/SPEC, replay:FILE, "
         "smbus:1-0040,chip=ina219,shunt=OHM",
@@ -148,4 +148,4 @@ def _table(spec: str, found: "LoadTest") -> str:
         *(f"  {'wrong' if one.is_bad else 'note':9}  {one.text}" for one in found.findings),
         f"  verdict    {'plausible' if found.is_plausible else 'implausible'}",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(map(printable, lines)) + "\n"
