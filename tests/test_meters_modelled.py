@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from edgeexit.device import Device, find_device
 from edgeexit.errors import DeviceError
 from edgeexit.machine import Machine
-from edgeexit.meters import open_meter
+from edgeexit.meters import MeterInfo, open_meter
 from edgeexit.meters.modelled import Modelled, busy_ticks
 from tests.trees import put, tree
 
@@ -42,7 +42,7 @@ def test_energy_is_time_at_idle_and_busy_time_on_top(
     put(machine, {"proc/stat": "cpu  100 5 20 9000 1 2 3 0 0 0\ncpu0 1 2 3 4 5 6 7 0 0 0\n"})
     meter = Modelled(
         machine,
-        opened(tree(tmp_path_factory.mktemp("pi"), "rpi4")).info,
+        MeterInfo(kind="modelled", label="modelled", instrument="", boundary="", rate_hz=10),
         idle_w=1.5,
         core_w=0.75,
         clock_ns=lambda: now_ns[0],

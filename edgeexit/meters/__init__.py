@@ -1,8 +1,9 @@
 """
 Energy meters: what tells how much power a board, or a part of it, takes.
 
-Callers see EnergyMeter, MeterInfo, Sample, open_meter and find_meters. One file of this folder
-is one kind of meter (or a family of chips); METERS names them, and each offers
+Callers see EnergyMeter, MeterInfo, Sample, open_meter and find_meters; check holds the test with
+a known load, sysfs what several kinds share. Every other file of this folder is one kind of meter
+(or a family of chips); METERS names them, and each offers
 
     open_meter(spec, machine, device) -> EnergyMeter
     find(machine, device) -> list[Found]
