@@ -20,7 +20,7 @@ from edgeexit.evaluate import Evaluation
 from edgeexit.parts import fit
 from edgeexit.policy import DROPPED, Policy
 from edgeexit.prices import FITTED
-from edgeexit.profile import Profile
+from edgeexit.profile import Estimate, Profile
 from edgeexit.verdict import NO_EXITS, named, unseen, watched
 
 # A saving below this is within what two measurements of one thing differ by.
@@ -116,7 +116,7 @@ def _costs(profile: Profile) -> str:
     for name, case in [*whole, *((n, c) for n, c in smaller if c is not None and c not in known)]:
         found, share = profile.latency(case), profile.share(case, full).value
         tails = [profile.tail(case, quantile) for quantile in (0.95, 0.99)]
-        row = [_short(name), milliseconds(found.value / 1e6), f"{found.half_width:.1%}"]
+        row = [_short(name), milliseconds(found.value / 1e6), _width(found)]
         row += ["-" if tail is None else milliseconds(tail.value / 1e6) for tail in tails]
         row += [f"{share:.1%}", f"{1 / share:.2f}x"]
         if energy is not None:
@@ -192,7 +192,7 @@ def _all_paths(profile: Profile) -> str:
             case = profile.case(kept, name)
             assert case is not None
             found, share = profile.latency(case), profile.share(case, profile.full)
-            costs = [milliseconds(found.value / 1e6), f"{found.half_width:.1%}"]
+            costs = [milliseconds(found.value / 1e6), _width(found)]
             rows.append(["+".join(map(_short, kept)), _short(name), *costs, f"{share.value:.1%}"])
     return text_table(["kept exits", "leave at", "ms", "±", "of full"], rows)
 
@@ -226,6 +226,11 @@ def _span(values: Sequence[float], unit: str) -> str:
 
 def _signed_ms(ms: float) -> str:
     return f"-{milliseconds(-ms)}" if ms < 0 else milliseconds(ms)
+
+
+def _width(found: Estimate) -> str:
+    """Half the interval as a share; one process alone has none."""
+    return f"{found.half_width:.1%}" if math.isfinite(found.half_width) else "-"
 
 
 def _short(name: str) -> str:

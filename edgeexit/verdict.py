@@ -52,8 +52,8 @@ _SHORTEST_NS = 3e8
 _PRESSURE = 0.10
 # A thread that only computes is on its core for 99.9 % of a block; the timer's ticks take the rest.
 _OFF_CPU = 0.02
-# No scheduler lets a runnable process wait for as long as this: somebody stopped it. A block that
-# was stopped also stands out from its neighbours.
+# No scheduler lets a runnable process wait for as long as this: somebody stopped it. Such a block
+# also stands out from the quickest one of its path in that process.
 _PAUSE_NS, _PAUSE_FACTOR = 100e6, 1.2
 # Kernels move a few idle pages out at any time; this much means that memory is short.
 _SWAP_MB = 16.0
@@ -279,12 +279,12 @@ def _off_core(profile: Profile) -> Iterator[Reason]:
 
 
 def _paused(process: Process) -> list[Block]:
-    usual = {case: np.median(process.values(case)) for case in {b.case for b in process.blocks}}
+    least = {case: process.values(case).min() for case in {b.case for b in process.blocks}}
     return [
         block
         for block in process.blocks
         if (block.mean_ns - block.cpu_ns) * block.calls > _PAUSE_NS
-        and block.mean_ns > _PAUSE_FACTOR * usual[block.case]
+        and block.mean_ns > _PAUSE_FACTOR * least[block.case]
     ]
 
 
@@ -336,6 +336,9 @@ def _energy(profile: Profile) -> Iterator[Reason]:
 
 def _precision(profile: Profile) -> Iterator[Reason]:
     """Which exits' intervals are wider than was asked for."""
+    if len(profile.processes) < 2:
+        yield Reason(kind="precision", text="one process alone does not tell how processes differ")
+        return
     widths = sorted(
         ((profile.latency(case).half_width, case) for case in watched(profile)),
         key=lambda pair: -pair[0],

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from edgeexit.blocks import CLEAN, Block, Case, Mode, Process, Verdict
+from edgeexit.energy import IDLE, Energy, Trace, Window
+from edgeexit.meters import MeterInfo
 from edgeexit.profile import Profile
 from edgeexit.state import Reading
 
@@ -132,6 +134,25 @@ def built_profile(
         "measured_at": "2026-01-02T03:04:05Z",
     }
     return Profile(**{**fields, **more})
+
+
+def built_energy(per_call_mj: float, seed: int = 0) -> Energy:
+    """Five windows for each path, 4 s of 20 samples a second each, and idle ones between."""
+    rng = np.random.default_rng(seed)
+    at_s, windows, times, power = 0.0, [], [], []
+    for case in [IDLE, *[k for _ in range(5) for k in (0, 1, 2, 3)], IDLE]:
+        mw = 2000.0 if case == IDLE else 4000.0 + 100 * case
+        calls = 0 if case == IDLE else round(mw * 4 / (per_call_mj * (case + 1)))
+        began = round(at_s * 1e9)
+        windows.append(Window(case=case, began_ns=began, ended_ns=began + 4 * 10**9, calls=calls))
+        times += [at_s + k / 20 for k in range(80)]
+        power += list(mw * np.exp(0.002 * rng.normal()) + rng.normal(0, 5, 80))
+        at_s += 4.0
+    info = MeterInfo(
+        kind="ina219", label="external", instrument="INA219", boundary="the board", rate_hz=20.0
+    )
+    trace = Trace(np.array([round(t * 1e9) for t in times]), np.array(power).round(3), False)
+    return Energy(info=info, trace=trace, windows=tuple(windows))
 
 
 def with_blocks(profile: Profile, change: Callable[[float, Block], Block]) -> Profile:

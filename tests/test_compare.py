@@ -8,21 +8,26 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import EXITS, added_cost, built_profile, slowed, watched_cases, with_blocks
+from profiles import (
+    EXITS,
+    added_cost,
+    built_energy,
+    built_profile,
+    slowed,
+    watched_cases,
+    with_blocks,
+)
 from simulated import Nature, SimulatedMachine
 
 from edgeexit import report
 from edgeexit.blocks import DISTURBED, Block, Case, Mode, Reason, Verdict
 from edgeexit.cli import entry
 from edgeexit.compare import TIME, YARDSTICK, compare
-from edgeexit.energy import IDLE, Energy, Trace, Window
 from edgeexit.errors import UsageError
-from edgeexit.meters import MeterInfo
 from edgeexit.profile import Profile
 
 CASES = watched_cases()
@@ -189,27 +194,10 @@ def test_hostile_facts_become_one_short_line() -> None:
 # ---------------------------------------------------------------- joules
 
 
-def energy(per_call_mj: float, seed: int = 0) -> Energy:
-    """Five windows for each path, 4 s of 20 samples a second each, and idle ones between."""
-    rng = np.random.default_rng(seed)
-    at_s, windows, times, power = 0.0, [], [], []
-    for case in [IDLE, *[k for _ in range(5) for k in (0, 1, 2, 3)], IDLE]:
-        mw = 2000.0 if case == IDLE else 4000.0 + 100 * case
-        calls = 0 if case == IDLE else round(mw * 4 / (per_call_mj * (case + 1)))
-        began = round(at_s * 1e9)
-        windows.append(Window(case=case, began_ns=began, ended_ns=began + 4 * 10**9, calls=calls))
-        times += [at_s + k / 20 for k in range(80)]
-        power += list(mw * np.exp(0.002 * rng.normal()) + rng.normal(0, 5, 80))
-        at_s += 4.0
-    info = MeterInfo(
-        kind="ina219", label="external", instrument="INA219", boundary="the board", rate_hz=20.0
-    )
-    trace = Trace(np.array([round(t * 1e9) for t in times]), np.array(power).round(3), False)
-    return Energy(info=info, trace=trace, windows=tuple(windows))
-
-
 def test_joules_are_compared_with_their_label() -> None:
-    found = compare(replace(A, energy=energy(2.0)), replace(A, energy=energy(2.2, seed=1)))
+    found = compare(
+        replace(A, energy=built_energy(2.0)), replace(A, energy=built_energy(2.2, seed=1))
+    )
     assert found.joule_labels == ("external",)
     assert found.rows[0].a_mj == pytest.approx(2.0, rel=0.01)
     assert found.rows[0].energy is not None
@@ -222,7 +210,7 @@ def test_joules_are_compared_with_their_label() -> None:
 
 
 def test_joules_of_one_side_are_not_compared() -> None:
-    found = compare(A, replace(A, energy=energy(2.0)))
+    found = compare(A, replace(A, energy=built_energy(2.0)))
     assert found.energy_summary() is None
     assert found.joule_labels == ()
     assert "meter differs: nothing in A, INA219 in B" in found.notes

@@ -1,10 +1,20 @@
+"""What people read: the right figures in the right rows, and nothing that does harm."""
+
 from dataclasses import replace
 
+import pytest
+from profiles import all_cases, built_energy, built_profile, watched_cases, with_readings
 from small import made_policy, made_profile, made_record
 
 from edgeexit import report
+from edgeexit.blocks import DISTURBED, Reason, Verdict
+from edgeexit.collect import Progress
 from edgeexit.evaluate import Evaluation
+from edgeexit.profile import Estimate
+from edgeexit.state import Reading
 from edgeexit.tune import choose
+
+PROFILE = built_profile()
 
 
 def test_columns_stand_below_their_heads() -> None:
@@ -21,10 +31,116 @@ def test_milliseconds_have_three_digits() -> None:
     ]
 
 
-def test_a_profile_lists_every_case_as_a_share_of_the_full_network() -> None:
-    text = report.profile_table(made_profile())
-    assert len([line for line in text.splitlines() if line.startswith("exit")]) == 12
-    assert "exit0+exit1+exit2     exit0      0.105  0.105 .. 0.105    34.4%" in text
+# ---------------------------------------------------------------- profiles
+
+
+def row(text: str, name: str) -> list[str]:
+    """The cells of the first line that begins with *name*."""
+    line = next(line for line in text.splitlines() if line.startswith(f"{name}  "))
+    return line.removeprefix(name).split()
+
+
+def test_exits_stand_beside_the_network_without_exits() -> None:
+    text = report.profile_table(PROFILE)
+    assert row(text, "exit0")[0] == "0.330"
+    assert row(text, "without exits")[-2:] == ["100.0%", "1.00x"]
+    assert row(text, "exit1 alone")[-1] == "1.48x"
+    assert max(map(len, text.splitlines())) <= 100
+    assert "exit0+exit1" not in text
+
+
+def test_an_exit_alone_that_is_the_same_files_is_no_row_of_its_own() -> None:
+    first, *others = all_cases()
+    shared = replace(first, also=((("exit0",), "exit0"),))
+    kept = [case for case in others if case.kept != ("exit0",)]
+    text = report.profile_table(built_profile(cases=(shared, *kept), rounds=2))
+    assert "exit0 alone" not in text
+    assert "exit1 alone" in text
+
+
+def test_every_set_of_exits_is_shown_on_request() -> None:
+    text = report.profile_table(PROFILE, everything=True)
+    assert len([line for line in text.splitlines() if line.startswith("exit0+exit1+exit2")]) == 3
+
+
+def test_parts_and_what_opening_costs_have_a_row_each() -> None:
+    text = report.profile_table(made_profile(handover=700.0))
+    tail = text[text.index("segment of") :]
+    assert row(tail, "exit0") == ["0.0980", "0.00430", "0.000700", "1.00", "0.100", "0.0"]
+    assert "input stage 0.00200 ms" in tail
+
+
+def test_the_verdict_is_told_with_its_reasons_and_what_it_did_not_see() -> None:
+    reasons = (Reason(kind="clock", text="clock fell from 1800 to 1000 MHz"),)
+    disturbed = replace(PROFILE, verdict=Verdict(status=DISTURBED, reasons=reasons))
+    text = report.profile_table(disturbed)
+    assert "verdict: DISTURBED" in text
+    assert "  - clock fell from 1800 to 1000 MHz [clock]" in text
+    assert "does not tell" not in text
+    assert "this machine does not tell its clock, temperature" in report.profile_table(
+        made_profile()
+    )
+
+
+def test_a_line_says_what_the_machine_is_and_how_it_fared() -> None:
+    hot = with_readings(
+        PROFILE, lambda when, r: replace(r, temperature_c=50 + 20 * when, throttled=4)
+    )
+    (line,) = [x for x in report.profile_table(hot).splitlines() if x.startswith("machine:")]
+    for part in ("Raspberry Pi 4", "clock 1800 MHz", "governor ondemand", "50 .. 70 °C"):
+        assert part in line
+    assert "throttled" in report.profile_table(hot)
+
+
+def test_joules_carry_their_label_and_boundary() -> None:
+    text = report.profile_table(built_profile(cases=watched_cases(), energy=built_energy(2.0)))
+    assert "mJ gross" in text
+    assert row(text, "exit0")[-3] == "2"
+    assert "joules: external, by INA219, 20 values a second" in text
+    assert "boundary: the board" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_other_peoples_names_do_no_harm() -> None:
+    exits = ("\x1b[2Jlong" * 30, "b\nverdict: CLEAN", "c")
+    profile = built_profile(
+        exits=exits,
+        rounds=2,
+        bundle_name="x\ny" * 200,
+        runtime="r" * 300,
+        machine={"board": "\x1b[31m" * 100},
+    )
+    text = report.profile_table(profile, everything=True)
+    assert text.replace("\n", "").isprintable()
+    assert "\nverdict: CLEAN\n" not in text
+
+
+def test_one_process_is_reported_without_a_width() -> None:
+    text = report.profile_table(built_profile(cases=watched_cases(), processes=1))
+    assert "inf%" not in text
+    assert "nan" not in text
+
+
+@pytest.mark.parametrize(
+    ("throttled", "said"), [(0, "not throttled"), (0x50000, "not throttled"), (4, "THROTTLED")]
+)
+def test_the_live_line_says_how_it_stands(throttled: int, said: str) -> None:
+    widest = Estimate(value=3.41e6, low=3.39e6, high=3.43e6)
+    progress = Progress(
+        what="process 3",
+        done=0.4,
+        left_s=40.2,
+        blocks=12,
+        reading=Reading(at_ns=0, temperature_c=54.2, throttled=throttled),
+        exits=(("exit1", Estimate(value=1e6, low=1e6, high=1e6)), ("exit2", widest)),
+    )
+    line = report.live_line(progress)
+    assert line == f"exit2: 3.41 ms ± 0.6 %, 12 blocks, 54 °C, {said}, ETA 40 s"
+    early = replace(progress, exits=None, reading=None)
+    assert report.live_line(early) == "process 3, 12 blocks, ETA 40 s"
+
+
+# ---------------------------------------------------------------- policies and evaluations
 
 
 def test_a_policy_says_whether_it_is_worth_it() -> None:

@@ -403,10 +403,11 @@ def test_a_real_hog_beside_a_real_measurement_is_noticed(tmp_path: Path) -> None
 
 def test_a_real_process_that_is_stopped_is_noticed(tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path, exits=1)
-    is_over = threading.Event()
+    is_timing, is_over = threading.Event(), threading.Event()
 
     def stop_and_go() -> None:
-        while not is_over.wait(0.1):
+        while is_timing.wait() and not is_over.wait(0.03):  # amid the block that comes next
+            is_timing.clear()
             for child in psutil.Process().children():
                 with suppress(psutil.Error):
                     child.suspend()
@@ -416,9 +417,11 @@ def test_a_real_process_that_is_stopped_is_noticed(tmp_path: Path) -> None:
     thread = threading.Thread(target=stop_and_go)
     thread.start()
     try:
-        verdict = measure(bundle, limits=LIMITS).verdict
+        limits = replace(LIMITS, block_ms=100)
+        verdict = measure(bundle, limits=limits, on_step=lambda _: is_timing.set()).verdict
     finally:
         is_over.set()
+        is_timing.set()
         thread.join()
     assert verdict.status == DISTURBED
     assert "paused" in {reason.kind for reason in verdict.reasons}, verdict
