@@ -120,6 +120,39 @@ def _pruned(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _instrument(found: Mapping[str, Any]) -> list[list[str]]:
+    profile, pairs = found["profile"], found["compare"]
+    verdicts = ", ".join(f"{n} {name}" for name, n in profile["verdicts"].items())
+    seconds = _spread(profile["seconds"], 1)
+    compared = ", ".join(f"{n} {name}" for name, n in pairs["verdicts"].items())
+    return [
+        ["what", "measured", "bar"],
+        ["a timed block, ns a call besides the call", _spread(found["added_ns"], 1), "200"],
+        ["a bare Python loop over the same samples, ns a call", _spread(found["bare_ns"], 1), ""],
+        [
+            "reading an INA219's files 10 times a second, of one core",
+            f"{found['sampler_share']:.2%}",
+            "1 %",
+        ],
+        [
+            f"`edgeexit profile`, {profile['exits']} exits, {profile['paths']} paths, default settings, "
+            f"s ({verdicts})",
+            seconds,
+            "60",
+        ],
+        [
+            f"pairs of profiles of one bundle in which `compare` saw no difference ({compared})",
+            f"{pairs['no_difference']} of {pairs['pairs']}",
+            "19 of 20",
+        ],
+        [
+            "the same pairs, one made 3 % slower: difference found",
+            f"{pairs['three_percent_found']} of {pairs['pairs']}",
+            "19 of 20",
+        ],
+    ]
+
+
 Table = Callable[[Mapping[str, Any]], list[list[str]]]
 BENCHES: dict[str, tuple[str, Table]] = {
     "early_exit": ("What early exit saves on the shipped network", _early_exit),
@@ -128,6 +161,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "cutting": ("What cutting costs", _cutting),
     "parts": ("Paths priced from their parts against the same paths timed", _parts),
     "conversion": ("What converting costs, imports included", _conversion),
+    "instrument": ("What the instrument costs, and whether it agrees with itself", _instrument),
     "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
 }
 
