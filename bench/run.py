@@ -135,8 +135,8 @@ def _instrument(found: Mapping[str, Any]) -> list[list[str]]:
             "1 %",
         ],
         [
-            f"`edgeexit profile`, {profile['exits']} exits, {profile['paths']} paths, default settings, "
-            f"s ({verdicts})",
+            f"`edgeexit profile`, {profile['exits']} exits, {profile['paths']} paths, default "
+            f"settings, s ({verdicts})",
             seconds,
             "60",
         ],
