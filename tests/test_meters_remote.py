@@ -307,6 +307,20 @@ def test_a_machine_without_ssh_is_a_device_error(monkeypatch: pytest.MonkeyPatch
         open_meter("ssh:meter/ina219,shunt=0.1", Machine(), HOST)
 
 
+def test_drift_is_told_as_well_as_it_is_known() -> None:
+    """30 ppm over five minutes of trips of 1 to 3 ms."""
+    alignment, rng = Alignment(), np.random.default_rng(0)
+    for now_ns in range(0, 300 * 10**9, 2 * 10**9):
+        there_ns, back_ns = rng.integers(500_000, 1_500_000, 2)
+        arrived_ns = now_ns + int(there_ns)
+        alignment.add(
+            Trip.of(now_ns, arrived_ns + arrived_ns * 30 // 10**6, arrived_ns + int(back_ns))
+        )
+    found = alignment.details()
+
+    assert abs(found["clock_drift_ppm"] - 30) <= found["clock_drift_uncertainty_ppm"] < 10
+
+
 @given(
     ahead_ns=st.integers(-(10**15), 10**15),
     ways_ns=st.lists(

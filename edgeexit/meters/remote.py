@@ -92,19 +92,21 @@ class Alignment:
 
     def details(self) -> dict[str, float]:
         """What is known of it, for a profile: all of it is small if all is well."""
-        first, best = min(self._early, key=lambda trip: trip.took_ns), self.best
-        passed_ns = best.at_ns - first.at_ns
+        best = self.best
         found = {
             "round_trip_ms": round(best.took_ns / 1e6, 3),
             "clock_uncertainty_ms": round(best.took_ns / 2e6, 3),
         }
-        # Shorter, the uncertainty of the two trips would be read as drift.
-        if passed_ns >= 20 * (best.took_ns + first.took_ns) and passed_ns > 1e9:
-            drift = (best.ahead_ns - first.ahead_ns) / passed_ns
+        first, last = (
+            min(trips, key=lambda trip: trip.took_ns)
+            for trips in (self._early, list(self._recent)[-_FIRST_TRIPS:])
+        )
+        passed_ns, both_ns = last.at_ns - first.at_ns, last.took_ns + first.took_ns
+        # Sooner, the uncertainty of the two trips would be read as drift.
+        if passed_ns > max(1e9, 20 * both_ns):
+            drift = (last.ahead_ns - first.ahead_ns) / passed_ns
             found["clock_drift_ppm"] = round(1e6 * drift, 1)
-            found["clock_drift_uncertainty_ppm"] = round(
-                5e5 * (best.took_ns + first.took_ns) / passed_ns, 1
-            )
+            found["clock_drift_uncertainty_ppm"] = round(5e5 * both_ns / passed_ns, 1)
         return found
 
 
