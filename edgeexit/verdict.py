@@ -346,9 +346,9 @@ def _precision(profile: Profile) -> Iterator[Reason]:
     wide = [(width, case) for width, case in widths if width > profile.precision]
     if not wide:
         return
-    listed = ", ".join(f"{named(profile, case)} ± {width:.1%}" for width, case in wide[:_NAMED])
+    listed = ", ".join(f"{named(profile, case)} ± {width:.2%}" for width, case in wide[:_NAMED])
     more = f" and {len(wide) - _NAMED} more" if len(wide) > _NAMED else ""
-    text = f"asked for ± {profile.precision:.1%}, found {listed}{more}"
+    text = f"asked for ± {profile.precision:.2%}, found {listed}{more}"
     yield Reason(kind="precision", text=text)
 
 

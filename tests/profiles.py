@@ -165,6 +165,12 @@ def with_readings(profile: Profile, change: Callable[[float, Reading], Reading])
     return _changed(profile, "readings", change)
 
 
+def without_readings(profile: Profile) -> Profile:
+    """*profile* of a machine that says nothing between rounds."""
+    bare = tuple(replace(process, readings=()) for process in profile.processes)
+    return replace(profile, processes=bare)
+
+
 def slowed(block: Block, factor: float) -> Block:
     """*block* on a machine that is *factor* times slower, its yardstick too."""
     return replace(

@@ -61,6 +61,7 @@ ROOMS = (
     "prices",
     "tune",
     "report",
+    "page",
     "recording",
     "symptoms",
     "vitals",

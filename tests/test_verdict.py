@@ -15,7 +15,15 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from profiles import EXITS, built_profile, slowed, watched_cases, with_blocks, with_readings
+from profiles import (
+    EXITS,
+    built_profile,
+    slowed,
+    watched_cases,
+    with_blocks,
+    with_readings,
+    without_readings,
+)
 from simulated import ClockFall, Event, Hog, Nature, Pause, SimulatedMachine, Slower
 from small import small_bundle
 
@@ -74,8 +82,7 @@ def test_a_machine_that_says_nothing_is_clean_and_what_it_kept_is_listed() -> No
 
 
 def test_a_run_without_readings_can_be_judged() -> None:
-    bare = replace(QUIET, processes=tuple(replace(p, readings=()) for p in QUIET.processes))
-    assert judge(bare).status == CLEAN
+    assert judge(without_readings(QUIET)).status == CLEAN
 
 
 # ---------------------------------------------------------------- throttling, clock, heat
@@ -345,7 +352,7 @@ def test_wide_intervals_are_not_converged_and_named() -> None:
     verdict = judge(profile)
     assert verdict.status == NOT_CONVERGED
     assert [reason.kind for reason in verdict.reasons] == ["precision"]
-    assert "asked for ± 1.0%, found" in verdict.reasons[0].text
+    assert "asked for ± 1.00%, found" in verdict.reasons[0].text
     assert "and 1 more" in verdict.reasons[0].text
     assert judge(replace(profile, precision=0.2)).status == CLEAN
 
@@ -370,8 +377,7 @@ def test_the_unit_of_time_does_not_matter(factor: float) -> None:
         single = slowed(block, factor)
         return replace(single, calls=max(1, round(block.calls / factor)))
 
-    silent = replace(QUIET, processes=tuple(replace(p, readings=()) for p in QUIET.processes))
-    assert judge(with_blocks(silent, scaled)).status == CLEAN
+    assert judge(with_blocks(without_readings(QUIET), scaled)).status == CLEAN
 
 
 def test_the_full_set_and_the_network_without_exits_decide() -> None:

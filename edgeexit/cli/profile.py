@@ -107,7 +107,7 @@ def command(
     raw values go to ./profile-DEVICE.json with a verdict: clean, or what was wrong. Leave the
     machine alone meanwhile. Exit code 6: not clean; 5: the meter failed (latencies are kept).
     """
-    from edgeexit import device, instrument, names, report
+    from edgeexit import device, instrument, names, page, report
     from edgeexit.blocks import CLEAN, PACED, Mode
     from edgeexit.bundle import load_bundle
     from edgeexit.collect import Limits
@@ -139,7 +139,7 @@ def command(
             save=lambda profile: profile.save(path),
         )
     if html is not None:
-        write_file(html, report.profile_page(found).encode())
+        write_file(html, page.profile_page(found).encode())
     if as_json:
         click.echo(json_bytes(found.to_document()), nl=False)
     else:
