@@ -13,7 +13,7 @@ from edgeexit.device import Device, find_device
 from edgeexit.errors import DeviceError, EdgeExitError, UsageError
 from edgeexit.machine import Machine
 from edgeexit.meters import METERS, Sample, Spec, find_meters, open_meter, paced, parse_spec
-from edgeexit.meters.sysfs import Kept
+from edgeexit.meters.sysfs import Kept, Polled
 from tests.trees import BOARDS, put, tree
 
 HOST = find_device("host")
@@ -331,6 +331,45 @@ def test_an_error_of_the_bus_is_a_missing_sample_and_many_are_the_end(
     assert [file.number() for _ in range(9)] == [None] * 9
     with pytest.raises(DeviceError, match="Remote I/O error"):
         file.number()
+
+
+@pytest.mark.parametrize(
+    ("board", "spec"),
+    [
+        ("host", "rapl"),
+        ("host", "battery"),
+        ("rpi4", "modelled"),
+        ("jetson-orin-nano", "jetson"),
+        ("jetson-orin-nano", "ina3221,rails=VDD_SOC"),
+        ("rpi4", "ina219,shunt=0.1"),
+        ("rpi4", "ina220,shunt=0.1"),
+        ("rpi4", "ina228,shunt=0.1"),
+        ("rpi4", "iio,shunt=0.1"),
+    ],
+)
+def test_a_file_that_refuses_just_now_is_a_missing_sample_to_every_kind(
+    board: str, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = tree(tmp_path, board)
+    for number, (name, has) in enumerate(
+        {"ina219": "power1_input", "ina220": "in1_input", "ina228": "energy1_input"}.items(), 7
+    ):
+        place = f"sys/class/hwmon/hwmon{number}"
+        files = {"name": name, has: "100", "curr1_input": "62", "shunt_resistor": "10000"}
+        files["in1_input"] = "5000"
+        put(machine, {f"{place}/{key}": text for key, text in files.items()})
+    iio = "sys/bus/iio/devices/iio:device0"
+    for key, text in {"name": "ina226", "in_shunt_resistor": "0.1"}.items():
+        put(machine, {f"{iio}/{key}": text})
+    for key in ("in_power2_raw", "in_power2_scale"):
+        put(machine, {f"{iio}/{key}": "1"})
+    meter = open_meter(spec, machine, find_device(board))
+    assert isinstance(meter, Polled)
+    assert meter.read() is not None
+
+    monkeypatch.setattr(Kept, "text", lambda self: None)
+
+    assert meter.read() is None
 
 
 def test_a_device_that_is_unplugged_is_the_end_at_once(

@@ -192,6 +192,14 @@ def test_an_old_jetsons_driver_is_read_as_well(tmp_path: Path) -> None:
         read("jetson,rails=VDD_IN", machine)
 
 
+def test_a_label_with_line_ends_stays_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UsageError) as refusal:
+        read("jetson", orin(tmp_path, in1_label="A\x1b[2J\nB"))
+
+    assert "\n" not in str(refusal.value)
+    assert "\x1b" not in str(refusal.value)
+
+
 def test_a_sensor_that_vanishes_is_named(tmp_path: Path) -> None:
     machine = orin(tmp_path)
     meter: EnergyMeter = open_meter("jetson", machine, ORIN)

@@ -228,6 +228,13 @@ def test_a_mailbox_that_refuses_says_nothing(code: int, error: int) -> None:
     assert firmware_text(7, "x", Firmware(b"half", code, error).ioctl) is None
 
 
+def test_a_mailbox_that_fails_says_nothing() -> None:
+    def failing(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    assert firmware_text(7, "x", failing) is None
+
+
 @pytest.mark.parametrize("door", ["vcio", "vcio_gencmd"])
 def test_where_there_is_a_mailbox_it_is_asked(
     door: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

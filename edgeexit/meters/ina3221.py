@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from edgeexit.device import Device
-from edgeexit.errors import DeviceError, UsageError
+from edgeexit.errors import DeviceError, UsageError, printable
 from edgeexit.machine import Machine
 from edgeexit.meters import LABELS, Found, MeterInfo, Spec
 from edgeexit.meters.sysfs import (
@@ -55,7 +55,7 @@ def rails_of(machine: Machine, *found: Chip) -> list[Rail]:
                 continue
             if not machine.exists(f"{chip.place}/curr{channel}_input"):
                 continue
-            label = machine.line(f"{chip.place}/in{channel}_label")
+            label = printable(machine.line(f"{chip.place}/in{channel}_label") or "") or None
             believed = machine.number(f"{chip.place}/shunt{channel}_resistor") or 0
             # "NC" is what NVIDIA's device trees call a channel that is not connected.
             if label != "NC":

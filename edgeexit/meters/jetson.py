@@ -6,7 +6,7 @@ L4T kernels show the same chip by another driver, in another place.
 """
 
 from edgeexit.device import Device
-from edgeexit.errors import DeviceError, UsageError
+from edgeexit.errors import DeviceError, UsageError, printable
 from edgeexit.machine import Machine
 from edgeexit.meters import Found, MeterInfo, Spec, tried
 from edgeexit.meters.ina3221 import (
@@ -136,7 +136,7 @@ def _old_rails(machine: Machine) -> dict[str, str]:
     found: dict[str, str] = {}
     for place in machine.glob(_OLD):
         for channel in range(3):
-            label = machine.line(f"{place}/rail_name_{channel}")
+            label = printable(machine.line(f"{place}/rail_name_{channel}") or "")
             power = f"{place}/in_power{channel}_input"
             if label and machine.exists(power):
                 found.setdefault(label, power)
