@@ -29,6 +29,7 @@ IDLE = -1
 SHORTEST_S = 3.0
 FEWEST_SAMPLES = 30
 FEWEST_WINDOWS = 5
+_MOST_WINDOWS = 5000
 _USUAL_S = 3.5
 _USUAL_SAMPLES = 40
 _GUARD_PERIODS = 2
@@ -314,6 +315,8 @@ class Energy:
             if window.case < IDLE or (window.calls < 1) != (window.case == IDLE):
                 raise DeviceError(f"energy: {window}: {window.calls} calls do not fit it")
         cases = [window.case for window in self.windows]
+        if len(cases) > _MOST_WINDOWS:
+            raise DeviceError(f"energy: {len(cases)} windows, expected at most {_MOST_WINDOWS}")
         if not cases or (cases[0], cases[-1]) != (IDLE, IDLE) or len(set(cases)) < 2:
             raise DeviceError("energy: expected windows between an idle one before and one after")
         for case in self.cases:
@@ -422,8 +425,8 @@ class Energy:
             )
         if self.lag > _MOST_LAG:
             found.append(
-                f"the meter lags: {self.lag:.0%} of a step of load still shows in the first "
-                "quarter of a window"
+                f"the meter lags, or loads did not settle: {self.lag:.0%} of a step of load still "
+                "shows in the first quarter of a window"
             )
         if self.rate_hz < _LEAST_RATE * self.info.rate_hz:
             found.append(

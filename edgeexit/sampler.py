@@ -25,10 +25,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 from edgeexit import errors
-from edgeexit.errors import DeviceError, EdgeExitError
+from edgeexit.errors import DeviceError, EdgeExitError, printable
 from edgeexit.meters import MeterInfo, Sample
 
 # Counted up when a line changes its meaning; both ends of a connection must agree.
@@ -69,7 +69,7 @@ class Sampler:
             "cores": list(cores),
         }
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
+        self._complaints: IO[bytes] | None = None
         self._rest = b""
         self._at_ns: list[int] = []
         self._samples: list[Sample] = []
@@ -89,6 +89,7 @@ class Sampler:
         """Start the process, wait until the meter is open, and say what it is."""
         known = os.environ.get("PYTHONPATH", "")
         paths = os.pathsep.join(filter(None, [str(_PACKAGE_HOME), known]))
+        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
         # -P: the current folder's modules must not be imported. A checkout that is not installed
         # is found through PYTHONPATH.
         self._process = subprocess.Popen(
@@ -196,7 +197,8 @@ class Sampler:
                 self._process.kill()
                 self._process.wait()
             self._process.stdout.close()
-            self._complaints.close()
+            if self._complaints is not None:
+                self._complaints.close()
             self._ended = True
 
     def _own_cost_ms(self) -> float:
@@ -263,13 +265,18 @@ class Sampler:
             code = self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             return
-        self._complaints.seek(0)
-        last = self._complaints.read().decode(errors="replace").strip().splitlines()[-1:]
         if code:
             how = f"signal {-code}" if code < 0 else f"code {code}"
             self._failure = DeviceError(
-                f"meter {self._plan['spec']}: its process ended with {how}: {''.join(last)[:200]}"
+                f"meter {self._plan['spec']}: its process ended with {how}{self._last_words()}"
             )
+
+    def _last_words(self) -> str:
+        assert self._complaints is not None
+        size = self._complaints.seek(0, os.SEEK_END)
+        self._complaints.seek(max(0, size - 2000))
+        lines = self._complaints.read().decode(errors="replace").strip().splitlines()
+        return f": {printable(lines[-1])[:200]}" if lines else ""
 
 
 class _Stop(BaseException):
@@ -285,12 +292,18 @@ class _Lines:
         # The thread that answers pings writes, too.
         self._lock = threading.RLock()
 
-    def say(self, said: dict[str, Any] | list[Any]) -> None:
+    def waiting(self, said: dict[str, Any] | list[Any]) -> None:
+        """Put a line at the end of what is to be written."""
         with self._lock:
             self._waiting += json.dumps(said).encode() + b"\n"
-            self.flush()
+
+    def say(self, said: dict[str, Any] | list[Any]) -> None:
+        """Write a line, now if the reader takes it."""
+        self.waiting(said)
+        self.flush()
 
     def flush(self) -> None:
+        """Write what the reader takes now."""
         with self._lock, contextlib.suppress(BlockingIOError):
             while self._waiting:
                 del self._waiting[: os.write(1, self._waiting)]
@@ -310,9 +323,12 @@ def _listen(rest: bytes, lines: _Lines) -> None:
         for line in asked:
             if line.startswith(b"ping "):
                 now_ns = time.monotonic_ns()
-                lines.say({"pong": [line[5:40].decode(errors="replace"), now_ns]})
-        data = b"" if len(rest) > _MOST_LINE_BYTES else os.read(0, 4096)
-        if not data:
+                with contextlib.suppress(OSError):
+                    lines.say({"pong": [line[5:40].decode(errors="replace"), now_ns]})
+        data = b""
+        with contextlib.suppress(OSError):
+            data = os.read(0, 4096)
+        if not data or len(rest) > _MOST_LINE_BYTES:
             break
         rest += data
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
@@ -371,30 +387,36 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     lines = _Lines()
     try:
-        heard = b""
-        while b"\n" not in heard:
-            data = os.read(0, 4096)
-            if not data or len(heard) > _MOST_LINE_BYTES:
-                return 0
-            heard += data
-        first, _, rest = heard.partition(b"\n")
-        plan: dict[str, Any] = json.loads(first)
-        threading.Thread(target=_listen, args=(rest, lines), daemon=True).start()
-        _keep_off(plan["cores"])
-        _sample(plan, lines)
+        _obey(lines)
     except _Stop:
         pass
-    except BrokenPipeError:
-        return 0
     except EdgeExitError as error:
-        lines.say({"failed": [type(error).__name__, str(error), error.hint]})
+        lines.waiting({"failed": [type(error).__name__, str(error), error.hint]})
+    except BrokenPipeError:
+        # Nobody listens any more; stdin says so, too.
+        return 0
     except Exception as error:
         # The one door to other people's meters: what they raise is not ours to know.
         text = f"meter: {type(error).__name__}: {error}"
-        lines.say({"failed": ["DeviceError", text, "this is a fault of the meter's code"]})
+        lines.waiting({"failed": ["DeviceError", text, "this is a fault of the meter's code"]})
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lines.finish()
+    with contextlib.suppress(BrokenPipeError):
+        lines.finish()
     return 0
+
+
+def _obey(lines: _Lines) -> None:
+    heard = b""
+    while b"\n" not in heard:
+        data = os.read(0, 4096)
+        if not data or len(heard) > _MOST_LINE_BYTES:
+            return
+        heard += data
+    first, _, rest = heard.partition(b"\n")
+    plan: dict[str, Any] = json.loads(first)
+    threading.Thread(target=_listen, args=(rest, lines), daemon=True).start()
+    _keep_off(plan["cores"])
+    _sample(plan, lines)
 
 
 if __name__ == "__main__":

@@ -225,6 +225,20 @@ def test_it_answers_pings_with_its_clock_and_keeps_sampling() -> None:
     assert before_ns < at_ns < time.monotonic_ns()
 
 
+def test_it_ends_when_nobody_reads_it_any_more() -> None:
+    process = child(plan(WATTS))
+    said(process, list)
+    family = psutil.Process(process.pid).children(recursive=True)
+    assert process.stdout is not None
+    assert process.stdin is not None
+    process.stdout.close()
+
+    assert process.wait(10) == 0
+    process.stdin.close()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+
+
 def test_another_version_is_refused() -> None:
     process = child(plan(WATTS, protocol=PROTOCOL + 1))
     with process:
