@@ -92,11 +92,12 @@ def _zoo(found: Mapping[str, Any]) -> list[list[str]]:
 
 def _parts(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["net", "exits", "fitted from", "paths priced", "off by at most", "median"]]
-    rows[0] += ["in CPU time", "± of the timed"]
+    rows[0] += ["in CPU time", "± of the timed", "profile"]
     for name, f in found.items():
         counts = [str(f[key]) for key in ("exits", "fitted_from", "priced")]
         keys = ("worst_off", "median_off", "worst_off_cpu", "worst_half_width")
-        rows.append([name, *counts, *(f"{f[key]:.1%}" for key in keys)])
+        cells = [f"{f[key]:.1%}" for key in keys]
+        rows.append([name, *counts, *cells, f["profile"].partition(":")[0].lower()])
     return rows
 
 
