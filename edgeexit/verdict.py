@@ -8,6 +8,7 @@ every threshold stands at the top with the reason for it. A machine that does no
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -48,6 +49,9 @@ _OTHER_BURST, _BURST_NS = 0.50, 1e9
 _STEAL = 0.02
 # The kernel counts these in hundredths of a second: shorter stretches show nothing.
 _SHORTEST_NS = 3e8
+# Starting a process takes seconds, heating up five minutes; after longer than this a run that was
+# stopped has been resumed.
+_RESUMED_NS = 400e9
 # The share of time in which some program waited for a core. Without rivals it is below 1 %.
 _PRESSURE = 0.10
 # A thread that only computes is on its core for 99.9 % of a block; the timer's ticks take the rest.
@@ -246,8 +250,11 @@ def _spells(profile: Profile) -> Iterator[tuple[str, Sequence[Block], Sequence[R
         yield where, process.blocks, process.readings
     blocks = [block for process in profile.processes for block in process.blocks]
     first, last = profile.before, profile.after
-    # A run that was resumed began under another parent, whose count of own_ms is not this one's.
-    if (_grown(first.own_ms, last.own_ms) or 0.0) >= _used_ms(blocks, first, last):
+    # A run that was resumed began under another parent, whose count of own_ms is not this one's,
+    # and what happened in the meantime is nobody's business.
+    edges = [(first.at_ns, first.at_ns), *((p.began_ns, p.ended_ns) for p in profile.processes)]
+    is_one_run = all(0 <= began - ended < _RESUMED_NS for (_, ended), (began, _) in pairwise(edges))
+    if is_one_run and (_grown(first.own_ms, last.own_ms) or 0) >= _used_ms(blocks, first, last):
         yield "(whole run)", blocks, (first, last)
 
 
