@@ -134,7 +134,7 @@ def run_demo(
     pruned: Bundle,
     *,
     logits: tuple[Record, Record] | None = None,
-    time_cap_s: float = 10.0,
+    time_cap_s: float = 8.0,
     on_step: Step | None = None,
 ) -> Demo:
     """

@@ -382,6 +382,12 @@ def _policy_notes(policy: Policy) -> list[str]:
             f"These exits were not timed together: their ms are fitted from {costs['paths']} other "
             f"paths (which the fit meets within {costs['worst_residual']:.1%})."
         )
+    unknown = [name for name in policy.exits if name not in expected["static_exits_priced"]]
+    if unknown:
+        lines.append(
+            f"The profile does not tell what {', '.join(unknown)} would cost alone: a static "
+            "network that ends there may be as fast."
+        )
     if "mean_mj" in expected:
         scaled = expected["energy_origin"] == FITTED
         lines.append(

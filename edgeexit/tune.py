@@ -299,6 +299,7 @@ def _expected(
         "full_ms": full_ns / 1e6,
         "best_static_exit": static[0],
         "best_static_ms": static[1] / 1e6,
+        "static_exits_priced": [name for name in exits if prices.costs_ns((name,)) is not None],
         "speed_up_full": full_ns / mean_ns,
         "speed_up_static": static[1] / mean_ns,
         **prices.energy(costs, dict(zip(exits, rates.tolist(), strict=True))),

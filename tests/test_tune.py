@@ -200,6 +200,8 @@ def test_a_profile_of_the_full_set_alone_still_makes_a_policy() -> None:
 
     assert policy.kept in (EXITS, EXITS[-1:])
     assert policy.provenance["costs"]["origin"] == "measured"
+    assert policy.expected["static_exits_priced"] == ["exit0", "exit2"]
+    assert "does not tell what exit1 would cost alone" in policy_table(policy)
 
 
 # ---------------------------------------------------------------- what a profile is worth
