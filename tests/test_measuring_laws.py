@@ -16,6 +16,7 @@ from simulated import ClockFall, Event, Hog, Nature, Pause, SimulatedMachine, Sl
 from edgeexit import intervals
 from edgeexit.blocks import CLEAN, DISTURBED, NOT_CONVERGED, Process
 from edgeexit.collect import Limits
+from edgeexit.compare import SIGNIFICANT
 
 RUNS = 200
 # Calls of 20 us to 20 ms; each run takes the next pair.
@@ -165,7 +166,7 @@ def pairs(luck: float, factor: float, count: int = 20) -> list[list[intervals.Di
 def test_like_machines_show_no_difference_in_19_of_20_pairs(few_replicates: None) -> None:
     found = pairs(0.015, 1.0)
 
-    assert sum(min(one.chance for one in pair) > 0.05 for pair in found) >= 19
+    assert sum(min(one.chance for one in pair) >= SIGNIFICANT for pair in found) >= 19
     assert np.mean([one.low <= 1 <= one.high for pair in found for one in pair]) >= 0.9
 
 
@@ -174,5 +175,5 @@ def test_three_percent_are_found_in_19_of_20_pairs(luck: float, few_replicates: 
     count = 20 if luck < 0.02 else 8
     found = pairs(luck, 1.03, count)
 
-    assert sum(min(one.chance for one in pair) <= 0.05 for pair in found) >= 0.95 * count
+    assert sum(min(one.chance for one in pair) < SIGNIFICANT for pair in found) >= 0.95 * count
     assert np.mean([one.low <= 1.03 <= one.high for pair in found for one in pair]) >= 0.9
