@@ -100,6 +100,10 @@ class Device:
         _check(device, table.where)
         return device
 
+    def matches(self, model: str) -> bool:
+        """Whether the firmware's text *model* is one of this board's."""
+        return any(fnmatchcase(model, pattern) for pattern in self.models)
+
     @property
     def core_count(self) -> int | None:
         """How many cores the board has, all kinds together."""

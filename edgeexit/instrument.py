@@ -19,7 +19,7 @@ from typing import Any
 from edgeexit.blocks import PACED, SUSTAINED, Case, Kept, Mode
 from edgeexit.bundle import Bundle
 from edgeexit.collect import Limits, Progress, Step, collect
-from edgeexit.device import HOST, find_device, this_device
+from edgeexit.device import HOST, find_device, identify
 from edgeexit.energy import FEWEST_WINDOWS, IDLE, Energy, Trace, Window, window_s
 from edgeexit.errors import DeviceError, UsageError
 from edgeexit.interpreter import runtime_name
@@ -39,13 +39,17 @@ _FEEL_NS = 500_000_000
 
 
 def check_device(name: str, machine: Machine | None = None) -> str:
-    """The device *name*, if this machine is it; "host" fits any. DeviceError otherwise."""
-    device = find_device(name)
-    here = this_device(machine or this_machine())
-    if device.name not in (here, HOST):
+    """
+    The name of the device *name*, or of a TOML file, if this machine is it; "host" fits any.
+
+    DeviceError otherwise.
+    """
+    device, here = find_device(name), identify(machine or this_machine())
+    is_here = here.model is not None and device.matches(here.model)
+    if device.name not in (here.name, HOST) and not is_here:
         raise DeviceError(
-            f"device {device.name!r}: this machine is {here!r}, and measuring on another machine "
-            "is not in this version",
+            f"device {device.name!r}: this machine is {here.name!r}, and measuring on another "
+            "machine is not in this version",
             hint=f"run the same command on the {device.title}, and copy its profile here",
         )
     return device.name

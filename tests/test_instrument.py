@@ -115,6 +115,20 @@ def test_another_board_cannot_be_measured_here(tmp_path: Path) -> None:
         instrument.check_device("rpi44")
 
 
+def test_a_board_of_ones_own_is_measured_where_its_model_text_stands(tmp_path: Path) -> None:
+    described = tmp_path / "mine.toml"
+    described.write_text(
+        'format = 2\nname = "mine"\ntitle = "Mine"\nmodels = ["Fruit 7 *"]\n', encoding="utf-8"
+    )
+    firmware = tmp_path / "proc" / "device-tree" / "model"
+    firmware.parent.mkdir(parents=True)
+    firmware.write_text("Fruit 7 Rev 1\0", encoding="utf-8")
+    assert instrument.check_device(str(described), Machine(tmp_path)) == "mine"
+    firmware.write_text("Fruit 8 Rev 1\0", encoding="utf-8")
+    with pytest.raises(DeviceError, match="this machine is 'host'"):
+        instrument.check_device(str(described), Machine(tmp_path))
+
+
 SCRIPT = """
 import sys
 from pathlib import Path
