@@ -251,7 +251,9 @@ class Time:
 def test_samples_lie_on_a_fixed_grid_however_long_reading_takes(takes_ns: list[int]) -> None:
     time = Time()
     time.takes_ns = list(takes_ns)
-    stream = paced(time.read, 10.0, clock_ns=time.clock_ns, sleep_s=time.sleep_s)
+    stream = paced(
+        time.read, 10.0, clock_ns=time.clock_ns, sleep_s=time.sleep_s, wander=lambda: 0.0
+    )
 
     samples = [next(stream) for _ in takes_ns]
 
@@ -265,7 +267,9 @@ def test_samples_lie_on_a_fixed_grid_however_long_reading_takes(takes_ns: list[i
 
 def test_a_slow_reader_of_the_samples_loses_some_and_gets_no_burst() -> None:
     time = Time()
-    stream = paced(time.read, 10.0, clock_ns=time.clock_ns, sleep_s=time.sleep_s)
+    stream = paced(
+        time.read, 10.0, clock_ns=time.clock_ns, sleep_s=time.sleep_s, wander=lambda: 0.0
+    )
     first = next(stream)
     time.now_ns += 1_230_000_000
 
@@ -273,6 +277,17 @@ def test_a_slow_reader_of_the_samples_loses_some_and_gets_no_burst() -> None:
 
     assert second.at_ns - first.at_ns == 1_300_000_000
     assert third.at_ns - second.at_ns == 100_000_000
+
+
+def test_moments_wander_within_their_periods_so_that_no_call_is_met_at_one_place() -> None:
+    time = Time()
+    stream = paced(time.read, 10.0, clock_ns=time.clock_ns, sleep_s=time.sleep_s)
+    first = next(stream).at_ns
+    places = [(next(stream).at_ns - first) / 1e8 for _ in range(200)]
+
+    assert [int(place) for place in places] == list(range(1, 201))
+    assert max(place % 1 for place in places) < 0.31
+    assert max(place % 1 for place in places) - min(place % 1 for place in places) > 0.2
 
 
 def test_a_reading_that_says_nothing_is_left_out() -> None:
