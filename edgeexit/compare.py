@@ -119,7 +119,11 @@ class Comparison:
         high = max(self.ratio(row).high for row in self.rows)
         if low > 1 - _VAGUE and high < 1 + _VAGUE:
             return f"no difference (all ratios lie within {low:.3f} .. {high:.3f})"
-        return f"no difference seen, but ratios of {low:.3f} .. {high:.3f} fit: measure longer"
+        chance = min(self.ratio(row).chance for row in self.rows)
+        return (
+            f"no difference for sure (least p = {chance:.2g}), but ratios of {low:.3f} .. "
+            f"{high:.3f} fit: measure longer"
+        )
 
     def energy_summary(self) -> str | None:
         """The same for joules; None without them."""

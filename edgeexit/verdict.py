@@ -56,8 +56,9 @@ _RESUMED_NS = 400e9
 _PRESSURE = 0.10
 # A thread that only computes is on its core for 99.9 % of a block; the timer's ticks take the rest.
 _OFF_CPU = 0.02
-# No scheduler lets a runnable process wait for as long as this: somebody stopped it. Such a block
-# also stands out from the quickest one of its path in that process.
+# With fewer programs than cores nobody waits for as long as this without being stopped; beside
+# several hogs it happens, and the load is told as well. Such a block also stands out from the
+# quickest one of its path in that process.
 _PAUSE_NS, _PAUSE_FACTOR = 100e6, 1.2
 # Kernels move a few idle pages out at any time; this much means that memory is short.
 _SWAP_MB = 16.0
@@ -277,8 +278,8 @@ def _off_core(profile: Profile) -> Iterator[Reason]:
     paused = [block for process in profile.processes for block in _paused(process)]
     if paused:
         longest_ms = max((b.mean_ns - b.cpu_ns) * b.calls for b in paused) / 1e6
-        text = f"the timing process was stopped in {len(paused)} of {len(blocks)} blocks, "
-        yield Reason(kind="paused", text=f"{text}for up to {longest_ms:.0f} ms")
+        text = f"the timing process was stopped, or had to wait, for up to {longest_ms:.0f} ms "
+        yield Reason(kind="paused", text=f"{text}in {len(paused)} of {len(blocks)} blocks")
         lost_ns -= sum((block.mean_ns - block.cpu_ns) * block.calls for block in paused)
     if lost_ns > _OFF_CPU * wall_ns:
         text = f"the timing process had no core for {lost_ns / wall_ns:.0%} of the timed blocks"

@@ -258,7 +258,7 @@ def test_a_paused_process_disturbs() -> None:
         return without_core(block, 0.95) if block == paused else block
 
     text = disturbed_by(with_blocks(QUIET, pause))
-    assert "was stopped in 1 of 480 blocks" in text
+    assert "ms in 1 of 480 blocks" in text
 
 
 def test_a_slow_block_that_worked_all_the_time_was_not_paused() -> None:
