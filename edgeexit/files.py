@@ -346,6 +346,7 @@ def check_output(path: Path, *inputs: Path | str | None) -> None:
     """
     if not path.name or path.is_dir():
         raise UsageError(f"{path}: is a folder, expected a file", hint="name a file with -o")
+    _refuse_device(path)
     state = path.with_name(path.name + ".state")
     for other in (Path(name) for name in inputs if name):
         for mine in (path, state):
@@ -362,9 +363,21 @@ def check_output(path: Path, *inputs: Path | str | None) -> None:
         pass
 
 
+def _refuse_device(path: Path) -> None:
+    # A rename would put a plain file in the place of /dev/null.
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is no plain file, expected a file", hint="name a file with -o")
+
+
 def write_file(path: Path, data: bytes) -> None:
-    """Write *path* durably: temporary neighbour, fsync, rename, fsync of the folder."""
+    """
+    Write *path* durably: temporary neighbour, fsync, rename, fsync of the folder.
+
+    A symbolic link is followed; UsageError for a folder, pipe or device.
+    """
     with storage(path):
+        _refuse_device(path)
+        path = Path(os.path.realpath(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         temporary = Path(name)

@@ -80,8 +80,8 @@ class Notebook:
     def __enter__(self) -> "Notebook":
         with ExitStack() as stack:
             lock = self.path.with_name(f".{self.path.name}.lock")
-            stack.callback(lock.unlink, missing_ok=True)
             stack.enter_context(hold(lock, "this measurement"))
+            stack.callback(lock.unlink, missing_ok=True)
             length = self._read() if self._resume else self._refuse_existing()
             with storage(self.path):
                 flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
@@ -138,6 +138,12 @@ class Notebook:
                 data = data[os.write(self._handle, data) :]
 
     def _refuse_existing(self) -> int:
+        if self.path.exists() and not self.path.is_file():
+            # Opening a pipe that nobody reads would wait for ever.
+            raise UsageError(
+                f"{self.path}: is no plain file, and the notebook of this measurement goes there",
+                hint="remove it, or name another file with -o",
+            )
         if self.path.exists() and self.path.stat().st_size:
             raise UsageError(
                 f"{self.path}: a measurement that was not finished",

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edgeexit.errors import BadFile, EdgeExitError, StorageError, UsageError
 from edgeexit.files import (
     Table,
+    check_output,
     json_bytes,
     new_folder,
     npz_bytes,
@@ -137,6 +138,30 @@ def test_a_written_file_replaces_the_old_one_and_leaves_nothing_else(tmp_path: P
 
     assert path.read_bytes() == b"new"
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_device_or_pipe_is_never_replaced(tmp_path: Path) -> None:
+    # /dev/null would become a plain file, for everybody.
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    for refuse in (check_output, lambda path: write_file(path, b"new")):
+        with pytest.raises(UsageError, match="no plain file"):
+            refuse(path)
+    assert path.is_fifo()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_symbolic_link_is_followed(tmp_path: Path, exists: bool) -> None:
+    link, card = tmp_path / "link", tmp_path / "card"
+    card.mkdir()
+    if exists:
+        (card / "file").write_bytes(b"old")
+    link.symlink_to(card / "file")
+    write_file(link, b"new")
+    assert link.is_symlink()
+    assert (card / "file").read_bytes() == b"new"
+    assert [path.name for path in card.iterdir()] == ["file"]
 
 
 def test_modes_follow_the_users_umask(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The notebook of a measurement: what is finished survives, whatever happens."""
 
 import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from edgeexit.blocks import Block
 from edgeexit.errors import BadFile, Busy, EdgeExitError, StorageError, UsageError
+from edgeexit.locks import hold
 from edgeexit.notebook import Notebook
 from edgeexit.sitting import Sitting
 from edgeexit.state import Reading
@@ -124,6 +126,42 @@ def test_two_measurements_into_one_file_are_refused(tmp_path: Path) -> None:
         Notebook(path, PLAN, CASES, resume=True),
     ):
         pass
+
+
+def test_who_is_refused_takes_nobodys_lock_away(tmp_path: Path) -> None:
+    path = tmp_path / "p.part"
+    with Notebook(path, PLAN, CASES):
+        for _ in range(3):
+            with pytest.raises(Busy), Notebook(path, PLAN, CASES):
+                pass
+    assert [entry.name for entry in tmp_path.iterdir()] == ["p.part"]
+
+
+def test_a_lock_that_was_removed_meanwhile_is_taken_anew(tmp_path: Path) -> None:
+    # Between opening the file and locking it, the holder may end and remove it.
+    path, real = tmp_path / "lock", fcntl.flock
+    removed = []
+
+    def remove_first(handle: int, how: int) -> None:
+        if not removed:
+            removed.append(path.unlink())
+        real(handle, how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", remove_first)
+        with hold(path, "it"), pytest.raises(Busy), hold(path, "it"):
+            pass
+
+
+def test_a_pipe_in_the_notebooks_place_does_not_hang(tmp_path: Path) -> None:
+    path = tmp_path / "p.part"
+    os.mkfifo(path)
+    for resume in (False, True):
+        with (
+            pytest.raises(UsageError, match="plain file"),
+            Notebook(path, PLAN, CASES, resume=resume),
+        ):
+            pass
 
 
 def test_a_full_disk_is_a_storage_error_and_loses_nothing(

@@ -72,6 +72,9 @@ def test_what_does_not_converge_says_so_and_exits_with_6(
         (["--meter", "ina219:0x40,shunt=0.1"], 5, "ina219"),
         (["--resume"], 2, "no unfinished measurement"),
         (["nothing.edgeexit"], 2, "nothing.edgeexit"),
+        (["-o", "a.json", "--html", "./a.json"], 2, "is where the profile goes"),
+        (["-o", "small.edgeexit/bundle.json"], 2, "would be overwritten"),
+        (["--html", "small.edgeexit/model.tflite"], 2, "would be overwritten"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(

@@ -111,15 +111,17 @@ def command(
     from edgeexit.blocks import CLEAN, PACED, Mode
     from edgeexit.bundle import load_bundle
     from edgeexit.collect import Limits
-    from edgeexit.errors import DeviceError, Disturbed
+    from edgeexit.errors import DeviceError, Disturbed, UsageError
     from edgeexit.files import check_output, json_bytes, write_file
 
-    name = instrument.check_device(device_name or device.this_device())
-    kind = device.find_device(name)
+    asked = device_name or device.this_device()
+    name, kind = instrument.check_device(asked), device.find_device(asked)
     bundle = load_bundle(bundle_path or names.only_bundle_here())
     path = output or Path(f"profile-{name}.json")
     for target in filter(None, (path, html)):
-        check_output(target)
+        check_output(target, *bundle.path.iterdir())
+    if html is not None and html.resolve() == path.resolve():
+        raise UsageError(f"{html}: is where the profile goes", hint="name another file with --html")
     limits = Limits(processes=processes, precision=precision, time_cap_s=time_cap_s)
     if mode == PACED and rate is None:
         rate = 5.0
@@ -127,7 +129,7 @@ def command(
     with _live(report.live_line) as show, _resumable(book):
         found = instrument.measure(
             bundle,
-            name,
+            asked,
             mode=Mode(name=mode, rate_hz=rate),
             threads=threads or kind.threads,
             cores=kind.pin if cores is None else cores,
