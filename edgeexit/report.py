@@ -276,7 +276,7 @@ def comparison_table(comparison: Comparison) -> str:
     joules = comparison.energy_summary()
     if joules is not None:
         labels = " and ".join(comparison.joule_labels)
-        lines.append(_wrapped(f"joules (gross, {labels}): {joules}"))
+        lines.append(_wrapped(f"joules (gross, {labels}, one process each): {joules}"))
     return "\n".join([*lines, comparison.summary()])
 
 
