@@ -15,7 +15,7 @@ pytest.importorskip("litert_torch")
 
 from edgeexit.calibration import make_set  # noqa: E402
 from edgeexit.cli import entry  # noqa: E402
-from edgeexit.errors import BadFile, Unsupported, UsageError  # noqa: E402
+from edgeexit.errors import BadFile, Disturbed, Unsupported, UsageError  # noqa: E402
 from edgeexit.host import attach as attach_module  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
 from edgeexit.host.attach import attach_exits, list_taps  # noqa: E402
@@ -309,9 +309,11 @@ def test_five_commands_lead_from_a_plain_network_to_a_tuned_bundle(
         ["train", "net-exits.pt", *arch, "--regime", "frozen", "--data", "training.npz", *quick],
         ["convert", "net-exits-trained.pt", *arch],
         ["profile", "--device", "host", "--time-cap", "2"],
-        ["tune", "--max-accuracy-drop", "0.1"],
+        ["tune", "--max-accuracy-drop", "0.1", "--accept-disturbed"],
     ):
-        assert entry(command) == 0, capsys.readouterr().err
+        # So short a profile on a machine that also tests is hardly ever clean.
+        fine = (0, Disturbed.exit_code) if command[0] == "profile" else (0,)
+        assert entry(command) in fine, capsys.readouterr().err
 
     policy = json.loads((here / "net-exits-trained.edgeexit/policies/host.json").read_text())
     assert policy["kept"]
