@@ -43,13 +43,17 @@ def any_board(rng: np.random.Generator) -> Board:
 
 
 def averaging(rate_hz: float, rng: np.random.Generator) -> SimulatedMeter:
-    """A power meter that integrates between readings, as an INA219 or 226 set up well does."""
+    """
+    A power meter that integrates between readings, as an INA219 or 226 set up well does.
+
+    Its moments wander as those of meters.paced do, for some calls have a length of half a period.
+    """
     return SimulatedMeter(
         rate_hz=rate_hz,
         averaging_s=min(0.068, 0.9 / rate_hz),
         lsb=float(rng.choice([1, 2, 10, 25])),
         noise=rng.uniform(0, 0.02),
-        jitter_s=0.01,
+        jitter_s=0.3 / rate_hz,
         drop=rng.uniform(0, 0.05),
     )
 
