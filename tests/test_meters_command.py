@@ -110,6 +110,13 @@ def test_the_info_says_what_is_known_and_no_more() -> None:
     assert info.details["program"] == "sh"
 
 
+def test_the_rate_is_seen_past_a_hurried_start() -> None:
+    found = meter("echo 1; sleep 0.005; echo 1; sleep 0.005; while :; do echo 1; sleep 0.05; done")
+    found.close()
+
+    assert 8 < found.info.rate_hz <= 20
+
+
 def test_a_known_delay_is_taken_off_the_time_stamps() -> None:
     now_ns = time.monotonic_ns()
     sample = taken(forever("1"), ",delay=30,rate=100", 1)[0]

@@ -12,6 +12,7 @@ shell. Hidden here: limits on everything that a foreign program can do. A value 
 its line arrives, less delay=; whatever the instrument itself takes shifts it unseen.
 """
 
+import itertools
 import json
 import os
 import selectors
@@ -38,7 +39,9 @@ _OPTIONS = ("unit", "key", "column", "every", "rate", "delay", "timeout", "label
 _TIMEOUT_S = "10"
 _MOST_LINE_BYTES = 1 << 16
 _MOST_SAID_BYTES = 2000
-_RATE_VALUES = 5
+# At least and at most so many values tell the rate, in about so long.
+_RATE_VALUES = (3, 11)
+_RATE_NS = 3 * 10**9
 # A header, a banner, a hiccup are no harm; more than this is no meter.
 _MOST_BAD_IN_A_ROW = 20
 _MOST_BAD_SHARE = 0.2
@@ -293,11 +296,14 @@ class Stream:
             raise
 
     def _rate_hz(self, first_ns: int) -> float:
-        last_ns, count = first_ns, 1
-        while count < _RATE_VALUES:
-            last_ns, _ = self._next()
-            count += 1
-        return round((count - 1) * 1e9 / (last_ns - first_ns), 3)
+        """Values a second by the median distance of the first few."""
+        times_ns = [first_ns]
+        while len(times_ns) < _RATE_VALUES[1] and (
+            len(times_ns) < _RATE_VALUES[0] or times_ns[-1] - first_ns < _RATE_NS
+        ):
+            times_ns.append(self._next()[0])
+        steps_ns = sorted(b - a for a, b in itertools.pairwise(times_ns))
+        return round(1e9 / steps_ns[len(steps_ns) // 2], 3)
 
     def _next(self) -> tuple[int, float]:
         """The next value, and when it came; of several that came together the mean (or last)."""
