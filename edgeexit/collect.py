@@ -27,21 +27,24 @@ from edgeexit.state import Reading
 
 FEWEST_PROCESSES = 5
 MOST_PROCESSES = 60
-_FEWEST_ROUNDS, _MOST_ROUNDS = 4, 24
+_FEWEST_ROUNDS, _MOST_ROUNDS = 4, 12
+_FEEL_NS = 500_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """
     How far a measurement is: *what* is going on, the share that is *done* (0..1), the seconds
-    that are left at most, blocks of each case so far, the latest *reading*, and what is known of
-    the watched exits so far (None before two processes have ended).
+    that are left at most, *blocks* of each case so far of the *wanted* ones (more follow if they
+    are not enough), the latest *reading*, and what is known of the watched exits so far (None
+    before two processes have ended).
     """
 
     what: str
     done: float
     left_s: float
     blocks: int
+    wanted: int
     reading: Reading | None
     exits: "Known"
 
@@ -104,7 +107,8 @@ def collect(
 
     Convergence is asked of the *watched* cases (their places in *cases*): the half-width of
     the 95 % interval of each must be at most limits.precision. *open_bench* starts a process
-    with a seed. *feel* is called between rounds.
+    with a seed. *feel* is called between rounds: when a process begins, when it ends, and every
+    half second in between.
     """
     done = list(finished)
     began_ns = clock_ns()
@@ -134,6 +138,7 @@ def collect(
                         done=min(1.0, passed / cap_ns),
                         left_s=max(0.0, cap_ns - passed) / 1e9,
                         blocks=blocks // len(cases),
+                        wanted=limits.processes * _FEWEST_ROUNDS,
                         reading=reading,
                         exits=known,
                     )
@@ -169,21 +174,27 @@ def _process(
     readings = [reading for reading in [feel()] if reading is not None]
     blocks: list[Block] = []
     turn: list[int] = []
-    for number in range(_MOST_ROUNDS):
+    last_ns, is_over = began, False
+    while not is_over:
         # A drift within the pair of rounds cancels: the second goes backwards.
+        number = len(blocks) // cases
         turn = turn[::-1] if number % 2 else order.sample(range(cases), cases)
         made = bench.round(turn)
         blocks += made
-        reading = feel()
+        if number % 2 == 1 and number + 1 >= _FEWEST_ROUNDS:
+            is_over = (
+                number + 1 >= _MOST_ROUNDS
+                or clock_ns() - began >= share_ns
+                or _settled(blocks, watched, precision)
+            )
+        reading = None
+        if is_over or clock_ns() - last_ns >= _FEEL_NS:
+            reading, last_ns = feel(), clock_ns()
         if reading is not None:
             readings.append(reading)
         if notebook is not None:
             notebook.round(made, reading)
         tell(len(blocks), reading)
-        if number + 1 < _FEWEST_ROUNDS or number % 2 == 0:
-            continue
-        if clock_ns() - began >= share_ns or _settled(blocks, watched, precision / 2):
-            break
     ended = clock_ns()
     if notebook is not None:
         notebook.ended(ended)

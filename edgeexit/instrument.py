@@ -30,12 +30,11 @@ from edgeexit.paths import paths
 from edgeexit.profile import Profile
 from edgeexit.sampler import Sampler
 from edgeexit.sitting import Child
-from edgeexit.state import Reading, emulation, machine_facts, read_state
+from edgeexit.state import emulation, machine_facts, read_state
 from edgeexit.verdict import judge
 
 _HEAT_STEP_S, _HEAT_WATCH_S, _HEAT_BLIND_S, _HEAT_CAP_S = 5.0, 30.0, 60.0, 300.0
 _STEADY_C = 1.0
-_FEEL_NS = 500_000_000
 
 
 def check_device(name: str, machine: Machine | None = None) -> str:
@@ -117,7 +116,6 @@ def measure(
         # A meter that cannot be opened is known before anything is measured, not after.
         with Sampler(meter, machine.root, device, cores):
             pass
-    feel = _Feel(machine)
     with ExitStack() as stack:
         book = None
         if notebook is not None:
@@ -138,7 +136,7 @@ def measure(
 
         if mode.name == SUSTAINED:
             with Child({**plan, "dissect": False}) as child:
-                _heat(child, feel, on_step)
+                _heat(child, machine, on_step)
         finished = () if book is None else book.finished
         processes = collect(
             open_bench,
@@ -146,7 +144,7 @@ def measure(
             watched,
             limits,
             seed=seed,
-            feel=feel,
+            feel=lambda: read_state(machine),
             notebook=book,
             finished=finished,
             on_step=on_step,
@@ -202,22 +200,7 @@ def _check_cores(cores: Sequence[int]) -> None:
         )
 
 
-class _Feel:
-    """The machine's state, read anew at most twice a second."""
-
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
-        self._next_ns = 0
-
-    def __call__(self) -> Reading | None:
-        if time.monotonic_ns() < self._next_ns:
-            return None
-        found = read_state(self._machine)
-        self._next_ns = time.monotonic_ns() + _FEEL_NS
-        return found
-
-
-def _heat(child: Child, feel: Callable[[], Reading | None], on_step: Step | None) -> None:
+def _heat(child: Child, machine: Machine, on_step: Step | None) -> None:
     """
     Work until the temperature rises by less than 1 C in half a minute, at most five minutes.
 
@@ -227,8 +210,8 @@ def _heat(child: Child, feel: Callable[[], Reading | None], on_step: Step | None
     began = time.monotonic()
     while (passed := time.monotonic() - began) < _HEAT_CAP_S:
         child.heat(_HEAT_STEP_S)
-        reading = feel()
-        if reading is not None and reading.temperature_c is not None:
+        reading = read_state(machine)
+        if reading.temperature_c is not None:
             seen.append(reading.temperature_c)
         if on_step is not None:
             on_step(
@@ -237,6 +220,7 @@ def _heat(child: Child, feel: Callable[[], Reading | None], on_step: Step | None
                     done=min(1.0, passed / _HEAT_CAP_S),
                     left_s=_HEAT_CAP_S - passed,
                     blocks=0,
+                    wanted=0,
                     reading=reading,
                     exits=None,
                 )
@@ -258,44 +242,30 @@ def _measure_energy(
     on_step: Step | None,
 ) -> Energy:
     """
-    Windows of each watched case in a random order, round by round, an idle one around each round.
+    Windows of each watched case in a random order, an idle one before and behind, in five rounds.
 
     What an earlier, stopped measurement finished is used if the machine was not started anew
     since. DeviceError if the meter fails, or cannot serve windows of calls.
     """
     rate_hz: float | None = plan["rate_hz"]
-    order = random.Random(plan["seed"])
-    with ExitStack() as stack:
-        sampler = stack.enter_context(Sampler(meter, machine.root, device, plan["cores"]))
-        child = stack.enter_context(Child({**plan, "dissect": False}))
+    rounds = _earlier_rounds(book)
+    with Sampler(meter, machine.root, device, plan["cores"]) as sampler:
         seconds = max(window_s(sampler.info.rate_hz), 5 / rate_hz if rate_hz else 0.0)
-        rounds = _earlier_rounds(book)
-        total = FEWEST_WINDOWS * (len(watched) + 1) + 1
-
-        def window(case: int) -> Window:
-            found = child.window(case, seconds)
-            made = sum(len(windows) for windows, _ in rounds)
-            if on_step is not None:
-                on_step(
-                    Progress(
-                        what="energy",
-                        done=min(1.0, made / total),
-                        left_s=max(0, total - made) * seconds,
-                        blocks=made,
-                        reading=None,
-                        exits=None,
-                    )
-                )
-            return found
-
         while len(rounds) < FEWEST_WINDOWS:
-            windows = [window(IDLE)]
-            windows += [window(case) for case in order.sample(list(watched), len(watched))]
-            rounds.append((windows, sampler.samples_between(*_span(windows))))
+            cases = list(watched)
+            random.Random(plan["seed"] + len(rounds)).shuffle(cases)
+            windows: list[Window] = []
+            # A fresh process each time: joules differ between processes as latencies do.
+            with Child({**plan, "dissect": False}) as child:
+                for case in [IDLE, *cases, IDLE]:
+                    if on_step is not None:
+                        made = len(rounds) * (len(cases) + 2) + len(windows)
+                        on_step(_energy_progress(made, FEWEST_WINDOWS * (len(cases) + 2), seconds))
+                    windows.append(child.window(case, seconds))
+            span = windows[0].began_ns, windows[-1].ended_ns
+            rounds.append((windows, sampler.samples_between(*span)))
             if book is not None:
                 book.energy(_round_document(*rounds[-1]))
-        last = [window(IDLE)]
-        rounds.append((last, sampler.samples_between(*_span(last))))
         sampler.stop()  # what a meter knows only at its end is then in its info
         # Samples at the edges belong to two rounds.
         samples = {sample.at_ns: sample for _, found in rounds for sample in found}
@@ -308,11 +278,19 @@ def _measure_energy(
         )
 
 
+def _energy_progress(made: int, total: int, seconds: float) -> Progress:
+    return Progress(
+        what="energy",
+        done=made / total,
+        left_s=(total - made) * seconds,
+        blocks=made,
+        wanted=total,
+        reading=None,
+        exits=None,
+    )
+
+
 _Round = tuple[list[Window], Sequence[Sample]]
-
-
-def _span(windows: Sequence[Window]) -> tuple[int, int]:
-    return windows[0].began_ns, windows[-1].ended_ns
 
 
 def _round_document(windows: Sequence[Window], samples: Sequence[Sample]) -> dict[str, Any]:

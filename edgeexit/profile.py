@@ -13,8 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgeexit import __version__, intervals
 from edgeexit.blocks import (
     NOT_CONVERGED,

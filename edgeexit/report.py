@@ -54,7 +54,7 @@ def milliseconds(ms: float) -> str:
 
 def live_line(progress: Progress) -> str:
     """
-    How a measurement stands: "exit2: 3.41 ms ± 0.6 %, 12 blocks, 54 °C, not throttled, ETA 40 s".
+    How it stands: "exit2: 3.41 ms ± 0.6 %, 12/40 blocks, 54 °C, not throttled, ETA 40 s".
 
     The exit is the one whose interval is widest; before there are intervals, what is going on.
     """
@@ -62,7 +62,8 @@ def live_line(progress: Progress) -> str:
     if progress.exits:
         name, found = max(progress.exits, key=lambda pair: pair[1].half_width)
         parts = [f"{_short(name)}: {milliseconds(found.value / 1e6)} ms ± {found.half_width:.1%}"]
-    parts.append(f"{progress.blocks} blocks")
+    wanted = f"/{progress.wanted}" if progress.blocks <= progress.wanted else ""
+    parts.append(f"{progress.blocks}{wanted} blocks")
     reading = progress.reading
     if reading is not None and reading.temperature_c is not None:
         parts.append(f"{reading.temperature_c:.0f} °C")

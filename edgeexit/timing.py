@@ -21,7 +21,7 @@ from itertools import pairwise
 from time import perf_counter_ns, process_time_ns, sleep
 from typing import Any
 
-from edgeexit import intervals
+from edgeexit import series
 from edgeexit.blocks import Block, Case
 
 Call = Callable[[Any], object]
@@ -106,7 +106,7 @@ def warm_up(step: Call, samples: Samples) -> Warm:
     """
     Nanoseconds of each of the first calls, and which of them was the first warm one.
 
-    The very first opens the segments. Goes on until the rule of intervals.warm_from finds the
+    The very first opens the segments. Goes on until the rule of series.warm_from finds the
     first warm call in the first third; at least 12 calls and 20 ms, at most 200 calls.
     """
     fewest, most = _WARMUP_CALLS
@@ -116,9 +116,9 @@ def warm_up(step: Call, samples: Samples) -> Warm:
         step(samples[len(found) % len(samples)])
         found.append(perf_counter_ns() - start)
         is_long = len(found) % fewest == 0 and sum(found[1:]) >= _WARMUP_NS
-        if is_long and intervals.warm_from(found) <= len(found) // 3:
+        if is_long and series.warm_from(found) <= len(found) // 3:
             break
-    return tuple(found), intervals.warm_from(found)
+    return tuple(found), series.warm_from(found)
 
 
 class Stopwatch:

@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from edgeexit import intervals
+from edgeexit import series
 from edgeexit.blocks import (
     CLEAN,
     DISTURBED,
@@ -299,13 +299,13 @@ def _paused(process: Process) -> list[Block]:
 def _yardstick(profile: Profile) -> Iterator[Reason]:
     blocks = [(process, block) for process in profile.processes for block in process.blocks]
     began_ns = profile.processes[0].began_ns
-    series = {
+    places = {
         "over the run": [(b.yardstick_ns, (b.at_ns - began_ns) / 1e9) for _, b in blocks],
         "within processes": [(b.yardstick_ns, (b.at_ns - p.began_ns) / 1e9) for p, b in blocks],
     }
-    for where, points in series.items():
+    for where, points in places.items():
         values, times = zip(*points, strict=True)
-        found = intervals.trend(values, times)
+        found = series.trend(values, times)
         if found is None:
             continue
         if found.steps():
@@ -318,8 +318,8 @@ def _yardstick(profile: Profile) -> Iterator[Reason]:
 
 
 def _autocorrelation(profile: Profile) -> Iterator[Reason]:
-    series = [p.values(case) for case in range(len(profile.cases)) for p in profile.processes]
-    found = intervals.autocorrelation(series)
+    values = [p.values(case) for case in range(len(profile.cases)) for p in profile.processes]
+    found = series.autocorrelation(values)
     if found is None:
         return
     # The blocks of one round share what the machine did: count rounds, not blocks.

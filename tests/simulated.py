@@ -14,7 +14,7 @@ from functools import lru_cache
 import numpy as np
 from profiles import DIGEST, MACHINE
 
-from edgeexit import intervals
+from edgeexit import series
 from edgeexit.blocks import Block, Case, Mode, Process
 from edgeexit.collect import Limits, collect
 from edgeexit.profile import Profile
@@ -24,7 +24,7 @@ from edgeexit.verdict import judge
 
 SHARED_BY_YARDSTICK = 0.31  # seen: the network 80 % slower, the yardstick beside it 20 %
 _CLOCK_MHZ, _CORES = 1800.0, 4
-_STARTING_S, _FEELING_S = 0.3, 0.5
+_STARTING_S = 0.3
 _TURNS = 9
 
 
@@ -99,7 +99,7 @@ class SimulatedMachine:
         self.now_s = 0.0
         self._events = tuple(events)
         self._pauses = [event for event in events if isinstance(event, Pause)]
-        self._busy_ms, self._own_ms, self._last_s, self._next_s = 5e6, 900.0, 0.0, 0.0
+        self._busy_ms, self._own_ms, self._last_s = 5e6, 900.0, 0.0
         self._boot_s = 1000.0
 
     def clock_ns(self) -> int:
@@ -139,13 +139,6 @@ class SimulatedMachine:
                 stopped += event.length_s
         return stopped
 
-    def feel(self) -> Reading | None:
-        """What the machine says, at most twice a second, as the instrument asks for it."""
-        if self.now_s < self._next_s:
-            return None
-        self._next_s = self.now_s + _FEELING_S
-        return self.reading()
-
     def reading(self) -> Reading:
         """What the machine says now."""
         passed_ms, self._last_s = (self.now_s - self._last_s) * 1e3, self.now_s
@@ -181,7 +174,7 @@ class SimulatedMachine:
             range(len(cases)) if watched is None else watched,
             limits or Limits(),
             seed=seed,
-            feel=self.feel,
+            feel=self.reading,
             clock_ns=self.clock_ns,
         )
 
@@ -231,7 +224,7 @@ class SimulatedBench:
         found = [self.warm_up(case) for case in range(cases)]
         self.sitting = Sitting(
             warmup_ns=tuple(tuple(calls) for calls in found),
-            settled=tuple(intervals.warm_from(calls) for calls in found),
+            settled=tuple(series.warm_from(calls) for calls in found),
         )
 
     def warm_up(self, case: int) -> list[int]:

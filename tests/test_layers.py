@@ -33,6 +33,7 @@ ROOMS = (
     "policy",
     "machine",
     "intervals",
+    "series",
     "device",
     "state",
     "bundle",

@@ -131,13 +131,16 @@ def test_the_live_line_says_how_it_stands(throttled: int, said: str) -> None:
         done=0.4,
         left_s=40.2,
         blocks=12,
+        wanted=40,
         reading=Reading(at_ns=0, temperature_c=54.2, throttled=throttled),
         exits=(("exit1", Estimate(value=1e6, low=1e6, high=1e6)), ("exit2", widest)),
     )
     line = report.live_line(progress)
-    assert line == f"exit2: 3.41 ms ± 0.6 %, 12 blocks, 54 °C, {said}, ETA 40 s"
+    assert line == f"exit2: 3.41 ms ± 0.6 %, 12/40 blocks, 54 °C, {said}, ETA 40 s"
     early = replace(progress, exits=None, reading=None)
-    assert report.live_line(early) == "process 3, 12 blocks, ETA 40 s"
+    assert report.live_line(early) == "process 3, 12/40 blocks, ETA 40 s"
+    later = replace(early, blocks=41)
+    assert report.live_line(later) == "process 3, 41 blocks, ETA 40 s"
 
 
 # ---------------------------------------------------------------- policies and evaluations
