@@ -26,8 +26,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from edgeexit.children import command, environment
 from edgeexit.errors import EdgeExitError
 from edgeexit.machine import Machine
 from edgeexit.names import data_folder
@@ -148,19 +148,15 @@ def _libc() -> tuple[int, int] | None:
 
 def try_runtime(timeout_s: float = _TIMEOUT_S) -> Trial:
     """Import the runtime and ask the shipped bundle's self-test, in a child process."""
-    # A checkout that is not installed is found through PYTHONPATH.
-    home = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))
-    command = [sys.executable, "-P", "-c", "from edgeexit.installation import _child; _child()"]
     died = None
     try:
         done = subprocess.run(
-            command,
+            command("-c", "from edgeexit.installation import _child; _child()"),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
         )
         output, code = done.stdout, done.returncode
         if code:

@@ -15,7 +15,6 @@ have no such inner object. Handing 12 KB over costs 0.2 us (views) against 0.8 u
 import importlib
 import importlib.metadata
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.children import command, environment
 from edgeexit.errors import BadFile, DeviceError, Unsupported, UsageError
 
 # (module, distribution) in order of preference.
@@ -182,19 +182,14 @@ def check_loads(data: bytes, where: str = "model.tflite", *, timeout_s: float = 
     crashes, runs longer than *timeout_s* or takes more than 6 GiB.
     """
     limits = [str(_CHILD_MEMORY_BYTES), str(max(1, math.ceil(timeout_s)))]
-    # -P: the current folder's modules must not be imported.
-    command = [sys.executable, "-P", "-c", _CHILD, *limits]
-    # A checkout that is not installed is found through PYTHONPATH.
-    home = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
-    paths = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH", "")]))
     try:
         child = subprocess.run(
-            command,
+            command("-c", _CHILD, *limits),
             input=data,
             capture_output=True,
             timeout=timeout_s,
             check=False,
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
         )
     except subprocess.TimeoutExpired as error:
         raise Unsupported(f"{where}: the runtime hangs on it (over {timeout_s:g} s)") from error

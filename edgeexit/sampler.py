@@ -28,12 +28,12 @@ from types import FrameType
 from typing import IO, Any
 
 from edgeexit import errors
+from edgeexit.children import command, environment
 from edgeexit.errors import DeviceError, EdgeExitError, printable
 from edgeexit.meters import MeterInfo, Sample
 
 # Counted up when a line changes its meaning; both ends of a connection must agree.
 PROTOCOL = 1
-_PACKAGE_HOME = Path(__file__).resolve().parent.parent
 _NICE = 5
 _PIPE_BYTES = 1 << 20
 _MOST_LINE_BYTES = 1 << 20
@@ -87,18 +87,14 @@ class Sampler:
 
     def start(self) -> MeterInfo:
         """Start the process, wait until the meter is open, and say what it is."""
-        known = os.environ.get("PYTHONPATH", "")
-        paths = os.pathsep.join(filter(None, [str(_PACKAGE_HOME), known]))
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
-        # -P: the current folder's modules must not be imported. A checkout that is not installed
-        # is found through PYTHONPATH.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgeexit.sampler"],
+            command("-m", "edgeexit.sampler"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
             bufsize=0,
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None

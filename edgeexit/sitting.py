@@ -6,25 +6,21 @@ working, until it is told what to time next, and ends when its parent does.
 """
 
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from edgeexit import errors
-from edgeexit.blocks import Block, Calls, calls_from
+from edgeexit.blocks import Block, Calls, calls_from, settled_from
+from edgeexit.children import command, environment
 from edgeexit.dissect import Dissection
 from edgeexit.energy import Window
 from edgeexit.errors import DeviceError
 from edgeexit.files import Table
-
-_PACKAGE_HOME = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +53,10 @@ class Sitting:
         table.only("warmup_ns", "settled", "dissection", "delegate")
         has_parts = table.values.get("dissection") is not None
         has_delegate = table.values.get("delegate") is not None
+        warmup_ns = calls_from(table, "warmup_ns", cases)
         return cls(
-            warmup_ns=calls_from(table, "warmup_ns", cases),
-            settled=tuple(table.list_of("settled", int, length=cases)),
+            warmup_ns=warmup_ns,
+            settled=settled_from(table, warmup_ns),
             dissection=Dissection.from_document(table.table("dissection")) if has_parts else None,
             delegate=table.get("delegate", str) if has_delegate else None,
         )
@@ -77,16 +74,12 @@ class Child:
     def __init__(self, plan: Mapping[str, Any]) -> None:
         self._cases = len(plan["cases"])
         self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
-        # -P: the current folder's modules must not be imported. A checkout that is not installed
-        # is found through PYTHONPATH.
-        known = os.environ.get("PYTHONPATH", "")
-        paths = os.pathsep.join(filter(None, [str(_PACKAGE_HOME), known]))
         self._child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "edgeexit.timing"],
+            command("-m", "edgeexit.timing"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._complaints,
-            env={**os.environ, "PYTHONPATH": paths},
+            env=environment(),
         )
         try:
             answer = self._ask(dict(plan), "ready")

@@ -16,6 +16,7 @@ ROOMS = (
     "errors",
     "files",
     "names",
+    "children",
     "bounds",
     "duplicates",
     "search",
