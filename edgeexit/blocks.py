@@ -32,7 +32,9 @@ STATUSES = {
     NOT_CONVERGED: "the intervals are wider than was asked for",
     EMULATED: "times mean nothing for the device",
 }
-_MOST_NS = 1e15
+_MOST_NS = _MOST = 1e15
+_MOST_MHZ = 1e7
+_CLOCK_ENDS_NS = 1 << 62
 
 Kept = tuple[str, ...]
 Values = NDArray[np.float64]
@@ -114,7 +116,7 @@ class Block:
         table = Table(dict(zip(names, entry, strict=True)), where)
         block = cls(
             case=table.get("case", int),
-            at_ns=table.get("at_ns", int),
+            at_ns=moment(table, "at_ns"),
             calls=table.get("calls", int),
             mean_ns=table.get("mean_ns", float),
             cpu_ns=table.get("cpu_ns", float),
@@ -123,8 +125,8 @@ class Block:
         )
         if not 0 <= block.case < cases:
             raise BadFile(f"{where}: case: expected 0 .. {cases - 1}, found {block.case}")
-        if not 0 < block.calls < 1 << 40 or not 0 <= block.at_ns < 1 << 62:
-            raise BadFile(f"{where}: calls and at_ns: expected positive numbers")
+        if not 0 < block.calls < 1 << 40:
+            raise BadFile(f"{where}: calls: expected at least 1, found {block.calls}")
         # cpu_ns may be 0 on a system whose CPU clock is coarse.
         times = [block.mean_ns, block.yardstick_ns, *block.calls_ns]
         if not all(0 < t < _MOST_NS for t in times) or not 0 <= block.cpu_ns < _MOST_NS:
@@ -181,12 +183,14 @@ class Process:
             *("dissection", "readings", "blocks"),
         )
         place = table.where
+        warmup_ns = calls_from(table, "warmup_ns", cases)
+        began_ns = moment(table, "began_ns")
         process = cls(
-            seed=table.get("seed", int),
-            began_ns=table.get("began_ns", int),
-            ended_ns=table.get("ended_ns", int),
-            warmup_ns=calls_from(table, "warmup_ns", cases),
-            settled=tuple(table.list_of("settled", int, length=cases)),
+            seed=seed_from(table),
+            began_ns=began_ns,
+            ended_ns=moment(table, "ended_ns", began_ns),
+            warmup_ns=warmup_ns,
+            settled=settled_from(table, warmup_ns),
             blocks=tuple(
                 Block.from_document(entry, f"{place}.blocks[{k}]", cases)
                 for k, entry in enumerate(table.list_of("blocks", list))
@@ -273,13 +277,46 @@ def reading_from(table: Table) -> Reading:
         for name in table.values
         if name not in ("at_ns", "throttled", "clocks_mhz", "governors")
     }
+    clocks_mhz = table.list_of("clocks_mhz", float) if "clocks_mhz" in table else []
+    throttled = table.get("throttled", int) if "throttled" in table else None
+    beyond = [name for name, value in numbers.items() if not abs(value) < _MOST]
+    if not all(0 < mhz < _MOST_MHZ for mhz in clocks_mhz):
+        beyond.append("clocks_mhz")
+    if throttled is not None and not 0 <= throttled < 1 << 32:
+        beyond.append("throttled")
+    if beyond:
+        raise BadFile(f"{table.where}: {beyond[0]}: found a value that no machine has")
     return Reading(
-        at_ns=table.get("at_ns", int),
-        clocks_mhz=tuple(table.list_of("clocks_mhz", float)) if "clocks_mhz" in table else (),
+        at_ns=moment(table, "at_ns"),
+        clocks_mhz=tuple(clocks_mhz),
         governors=tuple(table.list_of("governors", str)) if "governors" in table else (),
-        throttled=table.get("throttled", int) if "throttled" in table else None,
+        throttled=throttled,
         **numbers,
     )
+
+
+def moment(table: Table, key: str, least: int = 0) -> int:
+    """The ns of the monotonic clock at *key*, not before *least*."""
+    value = table.get(key, int)
+    if not least <= value < _CLOCK_ENDS_NS:
+        raise BadFile(f"{table.where}: {key}: expected nanoseconds from {least}, found {value}")
+    return value
+
+
+def seed_from(table: Table) -> int:
+    """The seed of a process."""
+    seed = table.get("seed", int)
+    if not 0 <= seed < 1 << 32:
+        raise BadFile(f"{table.where}: seed: expected 0 .. 2**32 - 1")
+    return seed
+
+
+def settled_from(table: Table, warmup_ns: Sequence[Calls]) -> tuple[int, ...]:
+    """The list "settled": for each case which of its first calls *warmup_ns* was warm."""
+    settled = tuple(table.list_of("settled", int, length=len(warmup_ns)))
+    if not all(0 <= k <= len(calls) for k, calls in zip(settled, warmup_ns, strict=True)):
+        raise BadFile(f"{table.where}: settled: expected places in warmup_ns")
+    return settled
 
 
 def calls_from(table: Table, key: str, cases: int) -> tuple[Calls, ...]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgeexit.blocks import Block, Process, reading_document, reading_from
+from edgeexit.blocks import Block, Process, moment, reading_document, reading_from, seed_from
 from edgeexit.errors import BadFile, UsageError, storage
 from edgeexit.files import Table, parse_json, read_bytes
 from edgeexit.locks import hold
@@ -172,12 +172,11 @@ class Notebook:
         self._check_head(lines[0])
         for table in lines[1:]:
             if "seed" in table:
+                table.only("seed", "began_ns", "sitting")
                 sitting = Sitting.from_document(table.table("sitting"), self._cases)
                 self.delegate = sitting.delegate
-                began_ns = table.get("began_ns", int)
-                pages.append(
-                    _Pages(seed=table.get("seed", int), began_ns=began_ns, sitting=sitting)
-                )
+                began_ns = moment(table, "began_ns")
+                pages.append(_Pages(seed=seed_from(table), began_ns=began_ns, sitting=sitting))
             elif "before" in table:
                 self.before = reading_from(table.table("before"))
             elif "energy" in table:
@@ -193,7 +192,7 @@ class Notebook:
         if not pages:
             raise BadFile(f"{table.where}: expected the opening of a process first")
         if "ended_ns" in table:
-            pages[-1].ended_ns = table.get("ended_ns", int)
+            pages[-1].ended_ns = moment(table, "ended_ns", pages[-1].began_ns)
             return
         table.only("round", "reading")
         for k, entry in enumerate(table.list_of("round", list)):

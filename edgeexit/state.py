@@ -146,7 +146,7 @@ def _clocks_mhz(machine: Machine) -> tuple[float, ...]:
             return (measured,)
     if not clocks:
         mhz = finite(_pairs(machine.text("proc/cpuinfo")).get("cpu MHz"))
-        return () if mhz is None else (mhz,)
+        return (mhz,) if mhz is not None and mhz > 0 else ()
     return clocks
 
 

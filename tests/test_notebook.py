@@ -20,6 +20,7 @@ from edgeexit.state import Reading
 PLAN = {"bundle": "abc", "cases": [[1], [2]], "threads": 1}
 CASES = 2
 SITTING = Sitting(warmup_ns=((900, 200), (800, 300)), settled=(1, 1), delegate="XNNPACK")
+SECOND = json.dumps({"seed": 17, "began_ns": 1000, "sitting": SITTING.to_document()})
 
 
 def block(case: int, at_ns: int) -> Block:
@@ -196,6 +197,11 @@ def test_a_full_disk_is_a_storage_error_and_loses_nothing(
         ('{"round": [[0, 1, 1, NaN, 1.0, 1.0, []]], "reading": null}', "NaN"),
         ('{"round": [7], "reading": null}', "expected list"),
         ('{"seed": 1, "began_ns": 1, "sitting": {}}', "missing"),
+        ('{"ended_ns": -5}', "ended_ns: expected nanoseconds from 2000"),
+        (SECOND.replace("17", "-17"), "seed: expected 0"),
+        (SECOND.replace("1000", str(1 << 63)), "began_ns: expected nanoseconds"),
+        (SECOND.replace("[1, 1]", "[1, 9]"), "settled: expected places"),
+        (SECOND.replace("seed", "sead"), "expected one of round, reading"),
         ("[]", "expected"),
         ("nonsense", "line 15"),
     ],

@@ -107,6 +107,8 @@ def test_there_is_one_clock_for_each_policy(tmp_path: Path) -> None:
 def test_a_machine_without_cpufreq_says_its_clock_in_cpuinfo(tmp_path: Path) -> None:
     machine = trees.tree(tmp_path, "host", files={"sys/devices/system/cpu/cpufreq": None})
     assert read_state(machine).clocks_mhz == (1600.0,)
+    files = {"sys/devices/system/cpu/cpufreq": None, "proc/cpuinfo": "cpu MHz : 0.000\n"}
+    assert read_state(trees.tree(tmp_path / "none", "host", files=files)).clocks_mhz == ()
 
 
 @pytest.mark.parametrize("name", trees.BOARDS)
