@@ -132,6 +132,7 @@ def test_what_is_wrong_is_refused_in_one_line(
 def test_a_tree_of_nothing_cannot_be_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "absent"))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "empty"))
     assert entry(["devices", "record", "-o", str(tmp_path / "out")]) == 5
     assert "holds none of the files of a machine" in capsys.readouterr().err
