@@ -3,10 +3,11 @@ What the instrument costs and how far it can be trusted, on this machine.
 
     python bench/instrument.py [--processes 10] [--pairs 10]
 
-The loop: a block of calls that do nothing against a bare loop over the same samples, in turns. The
-sampler: a chip's files read 10 times a second for 20 s. The profile: `edgeexit profile` with its
-default settings on a bundle of four exits, wall-clock. The pairs: two profiles of the shipped
-bundle one after the other, compared; and one of it against one whose calls were made 3 % longer.
+The loop: a block of calls that do nothing against a bare loop over the same samples, in turns.
+The sampler: a chip's files for 20 s, as often as the meter reads them by default. The profile:
+`edgeexit profile` with its default settings on a bundle of four exits, wall-clock. The pairs: two
+profiles of the shipped bundle one after the other, compared; and one of it against one whose calls
+were made 3 % longer.
 """
 
 import argparse

@@ -131,7 +131,7 @@ def _instrument(found: Mapping[str, Any]) -> list[list[str]]:
         ["a timed block, ns a call besides the call", _spread(found["added_ns"], 1), "200"],
         ["a bare Python loop over the same samples, ns a call", _spread(found["bare_ns"], 1), ""],
         [
-            "reading an INA219's files 10 times a second, of one core",
+            "reading an INA219's files 25 times a second, of one core",
             f"{found['sampler_share']:.2%}",
             "1 %",
         ],

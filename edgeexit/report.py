@@ -7,8 +7,9 @@ tables fit into 100 columns.
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
+from typing import Any
 
 from edgeexit.blocks import CLEAN, STATUSES
 from edgeexit.collect import Progress
@@ -128,27 +129,48 @@ def _costs(profile: Profile) -> str:
     lines = []
     if energy is not None:
         heads += ["mJ gross", "±", "mJ net"]
-        lines = [_wrapped(text) for text in _energy_lines(energy)]
+        lines = [_wrapped(text) for text in _energy_lines(profile, energy)]
     full_note = f"full: the same network {NO_EXITS}; ±: half of the 95 % interval over processes"
     return "\n".join([text_table(heads, rows), "", full_note, *lines])
 
 
 def _millijoules(energy: Energy, case: int) -> list[str]:
     gross, net = energy.gross_mj(case), energy.net_mj(case)
-    width = (gross.high - gross.low) / 2 / gross.value
-    return [f"{gross.value:.3g}", f"{width:.1%}", f"{net.value:.3g}"]
+    width = f"{gross.half_width:.1%}" if math.isfinite(gross.half_width) else "-"
+    return [f"{gross.value:.3g}", width, f"{net.value:.3g}"]
 
 
-def _energy_lines(energy: Energy) -> list[str]:
+def _energy_lines(profile: Profile, energy: Energy) -> list[str]:
     info, idle_w = energy.info, [power_mw / 1e3 for power_mw in energy.idle_mw]
     cost = energy.sampler_share
     rate = f"{energy.rate_hz:.3g} values a second"
     reading = "" if cost is None else f"; reading it took {cost:.2%} of a core"
-    return [
+    lines = [
         f"joules: {info.label}, by {info.instrument}, {rate}{reading}",
         f"boundary: {info.boundary}",
         f"net: less what idling takes, {min(idle_w):.3g} .. {max(idle_w):.3g} W",
     ]
+    if "warning" in info.details:
+        lines.append(f"WARNING: {printable(str(info.details['warning']))}")
+    return [*lines, *_savings(profile, energy)]
+
+
+def _savings(profile: Profile, energy: Energy) -> list[str]:
+    """At a pace: what leaving early saves of all that the meter sees, waiting included."""
+    full = profile.cases.index(profile.full)
+    if energy.pace_hz is None or full not in energy.cases:
+        return []
+    whole = {"external": "the board's energy"}.get(energy.label, f"the energy ({energy.label})")
+    lines = []
+    for place in energy.cases:
+        found = energy.saving(place, full)
+        if place != full:
+            lines.append(
+                f"leaving at {named(profile, profile.cases[place])} saves {found.value:.1%} "
+                f"({found.low:.1%} .. {found.high:.1%}) of {whole} at {energy.pace_hz:g} inputs a "
+                "second, against the network without exits"
+            )
+    return lines
 
 
 def _parts(profile: Profile) -> str:
@@ -311,8 +333,19 @@ def verdict(policy: Policy) -> str:
         return "Early exit is not worth it here: the full network is as cheap."
     return (
         f"Early exit is worth it here: {full:.2f}x faster than the full network, "
-        f"{static:.2f}x faster than the best static one ({name})."
+        f"{static:.2f}x faster than the best static one ({name}).{_joules_said(expected)}"
     )
+
+
+def _joules_said(expected: Mapping[str, Any]) -> str:
+    """What the policy does to energy, if the profile told: less time may not be less energy."""
+    if "mean_mj" not in expected:
+        return ""
+    saved = 1 - float(expected["mean_mj"]) / float(expected["full_mj"])
+    label = expected["energy_label"]
+    if saved > 1 - 1 / WORTH_IT:
+        return f" It takes {saved:.0%} less energy ({label})."
+    return f" It does not save energy here ({saved:+.1%}, {label}, idling included)."
 
 
 def policy_table(policy: Policy) -> str:

@@ -9,6 +9,7 @@ from small import made_policy, made_profile, made_record
 from edgeexit import report
 from edgeexit.blocks import DISTURBED, Reason, Verdict
 from edgeexit.collect import Progress
+from edgeexit.energy import Energy, Trace
 from edgeexit.evaluate import Evaluation
 from edgeexit.profile import Estimate
 from edgeexit.state import Reading
@@ -101,6 +102,14 @@ def test_joules_carry_their_label_and_boundary() -> None:
     assert max(map(len, text.splitlines())) <= 100
 
 
+def test_joules_of_a_meter_that_says_zero_have_no_width() -> None:
+    built = built_energy(2.0)
+    trace = Trace(built.trace.at_ns, 0 * built.trace.values, False)
+    dead = Energy(info=built.info, trace=trace, windows=built.windows)
+    text = report.profile_table(built_profile(cases=watched_cases(), energy=dead))
+    assert row(text, "exit0")[-3:] == ["0", "-", "0"]
+
+
 def test_other_peoples_names_do_no_harm() -> None:
     exits = ("\x1b[2Jlong" * 30, "b\nverdict: CLEAN", "c")
     profile = built_profile(
@@ -181,3 +190,33 @@ def test_an_evaluation_names_the_worst_confusion() -> None:
     assert "accuracy  80.00%" in text
     assert "dog (1)" in text
     assert "owl          0" in text
+
+
+def test_a_paced_report_says_what_share_of_the_boards_energy_the_exits_save() -> None:
+    energy = built_energy(2.0)
+    steady = built_profile(cases=watched_cases(), energy=energy)
+    assert "saves" not in report.profile_table(steady)
+    paced = replace(steady, energy=replace(energy, pace_hz=5.0))
+    text = " ".join(report.profile_table(paced).split())
+    assert "leaving at exit0 saves" in text
+    assert "of the board's energy at 5 inputs a second" in text
+    partial = replace(energy, pace_hz=5.0, info=replace(energy.info, label="partial"))
+    text = report.profile_table(replace(steady, energy=partial))
+    assert "the board's" not in text
+    assert "of the energy (partial) at 5" in " ".join(text.split())
+
+
+def test_a_meter_that_warns_is_quoted() -> None:
+    energy = built_energy(2.0)
+    info = replace(energy.info, details={"warning": "the driver believes in 0.01 Ohm"})
+    profile = built_profile(cases=watched_cases(), energy=replace(energy, info=info))
+    assert "WARNING: the driver believes in 0.01 Ohm" in report.profile_table(profile)
+
+
+def test_a_policy_that_saves_time_and_no_energy_says_so() -> None:
+    policy = made_policy()
+    told = {"mean_mj": 1.0, "full_mj": 2.0, "energy_label": "external"}
+    saving = replace(policy, expected={**policy.expected, **told})
+    assert "It takes 50% less energy (external)." in report.verdict(saving)
+    wasting = replace(policy, expected={**policy.expected, **told, "mean_mj": 2.2})
+    assert "does not save energy here" in report.verdict(wasting)
