@@ -94,8 +94,8 @@ def measure(
         sets = [bundle.exits]
     cases = paths(bundle, sets)
     watched = [k for k, case in enumerate(cases) if _is_watched(case, bundle.exits)]
-    plan = {
-        "bundle": str(bundle.path.resolve()),
+    common = {
+        "bundle": bundle.digest,
         "cases": [case.to_document() for case in cases],
         "threads": threads,
         "cores": list(cores),
@@ -104,9 +104,9 @@ def measure(
         "dissect": True,
         "seed": seed,
     }
+    plan = {**common, "folder": str(bundle.path.resolve())}
     identity = {
-        **plan,
-        "bundle": bundle.digest,
+        **common,
         "device": name,
         "mode": mode.name,
         "runtime": runtime_name(),

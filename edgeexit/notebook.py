@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from edgeexit.blocks import Block, Process, moment, reading_document, reading_from, seed_from
-from edgeexit.errors import BadFile, UsageError, storage
+from edgeexit.errors import BadFile, StorageError, UsageError, storage
 from edgeexit.files import Table, parse_json, read_bytes
 from edgeexit.locks import hold
 from edgeexit.sitting import Sitting
@@ -89,10 +89,17 @@ class Notebook:
                 stack.callback(os.close, self._handle)
                 os.ftruncate(self._handle, length)
                 os.lseek(self._handle, length, os.SEEK_SET)
+            if not self._resume:
+                self._begin()
             self._stack = stack.pop_all()
-        if not self._resume:
-            self._write({"notebook": FORMAT, "plan": self._plan})
         return self
+
+    def _begin(self) -> None:
+        try:
+            self._write({"notebook": FORMAT, "plan": self._plan})
+        except StorageError:
+            self.path.unlink(missing_ok=True)  # a torn head is good for nothing
+            raise
 
     def __exit__(
         self,

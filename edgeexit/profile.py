@@ -231,10 +231,12 @@ class Profile:
 
     def _check(self, where: str) -> None:
         pairs = [pair for case in self.cases for pair in case.stands_for]
-        strange = [kept for kept, _ in pairs if not set(kept) <= set(self.exits)]
+        strange = [kept for kept, _ in pairs if kept != tuple(n for n in self.exits if n in kept)]
         alone = (self.exits[-1:], self.exits[-1]) if self.exits else None
         if strange or alone not in pairs or len(set(pairs)) < len(pairs):
             raise BadFile(f"{where}: cases: do not fit the exits {list(self.exits)}")
+        if self.energy is not None and max(self.energy.cases) >= len(self.cases):
+            raise BadFile(f"{where}: energy: windows of a case that is not there")
         if not self.processes:
             raise BadFile(f"{where}: processes: expected at least one")
         if not 0 <= self.seed < 1 << 32 or self.threads < 1 or not 0 < self.precision < 1:

@@ -6,6 +6,7 @@ working, until it is told what to time next, and ends when its parent does.
 """
 
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from edgeexit.dissect import Dissection
 from edgeexit.energy import Window
 from edgeexit.errors import DeviceError
 from edgeexit.files import Table
+
+_END_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +69,9 @@ class Child:
     """
     A timing process; a context manager that starts it with a *plan* and ends it.
 
-    The plan holds bundle (path), cases (documents), threads, cores, block_ms, rate_hz and dissect,
-    as edgeexit.timing reads them. What the process refuses is raised here as it was there;
-    DeviceError if it dies.
+    The plan holds folder and digest of the bundle ("bundle"), cases (documents), threads, cores,
+    block_ms, rate_hz and dissect, as edgeexit.timing reads them. What the process refuses is raised
+    here as it was there; DeviceError if it dies.
     """
 
     def __init__(self, plan: Mapping[str, Any]) -> None:
@@ -121,11 +124,21 @@ class Child:
         return line[wanted]
 
     def _died(self) -> DeviceError:
-        code = self._child.wait()
+        try:
+            code = self._child.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return DeviceError("the timing process said something that is no answer")
         self._complaints.seek(0)
-        last = self._complaints.read().decode(errors="replace").strip().splitlines()[-1:]
+        said = self._complaints.read().decode(errors="replace").splitlines()
+        # The runtime greets on stderr.
+        last = [line for line in said if line.strip() and not line.startswith("INFO:")][-1:]
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        return DeviceError(f"the timing process ended with {how}: {''.join(last)[:200]}")
+        return DeviceError(
+            ": ".join([f"the timing process ended with {how}", *(line[:200] for line in last)]),
+            hint="the system kills a process when memory is short; edgeexit doctor looks"
+            if code == -signal.SIGKILL
+            else None,
+        )
 
     def close(self) -> None:
         """End the process and wait for it."""

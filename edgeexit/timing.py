@@ -191,9 +191,13 @@ def main() -> int:
     # Ctrl-C reaches the whole group: the parent decides, and closes our stdin.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    # A library that prints on stdout must not spoil an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
     def say(line: dict[str, Any]) -> None:
-        sys.stdout.write(json.dumps(line) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(line) + "\n")
+        answers.flush()
 
     try:
         plan: dict[str, Any] = json.loads(sys.stdin.readline())
@@ -219,12 +223,15 @@ def main() -> int:
 def _prepare(plan: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> Stopwatch:
     from edgeexit.bundle import load_bundle
     from edgeexit.dissect import dissect
+    from edgeexit.errors import BadFile
     from edgeexit.files import Table
     from edgeexit.interpreter import delegate
     from edgeexit.policy import Policy
     from edgeexit.runtime import Runner
 
-    bundle = load_bundle(plan["bundle"], verify=False)
+    bundle = load_bundle(plan["folder"], verify=False)
+    if bundle.digest != plan["bundle"]:
+        raise BadFile(f"{bundle.path}: was changed while it was measured", hint="begin anew")
     samples = list(bundle.selftest().samples)
     threads: int = plan["threads"]
     found = dissect(bundle, samples, threads) if plan["dissect"] else None

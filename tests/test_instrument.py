@@ -2,17 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from small import EXITS, small_bundle
 
 from edgeexit import instrument
-from edgeexit.blocks import Mode
+from edgeexit.blocks import Block, Mode
 from edgeexit.bundle import load_bundle
 from edgeexit.collect import Limits, Progress
 from edgeexit.errors import BadFile, DeviceError, StorageError, UsageError
@@ -127,6 +129,34 @@ def test_a_board_of_ones_own_is_measured_where_its_model_text_stands(tmp_path: P
     firmware.write_text("Fruit 8 Rev 1\0", encoding="utf-8")
     with pytest.raises(DeviceError, match="this machine is 'host'"):
         instrument.check_device(str(described), Machine(tmp_path))
+
+
+def test_a_bundle_that_is_replaced_meanwhile_is_refused(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+
+    def replace(_: Progress) -> None:
+        shutil.rmtree(bundle.path)
+        small_bundle(tmp_path, exits=2)
+
+    with pytest.raises(BadFile, match=r"small\.edgeexit: was changed while it was measured"):
+        instrument.measure(bundle, limits=FAST, on_step=replace)
+
+
+def test_a_timing_process_that_was_killed_says_by_what(tmp_path: Path) -> None:
+    pids: list[int] = []
+
+    class Killed(instrument.Child):
+        def round(self, order: Sequence[int]) -> list[Block]:
+            os.kill(self.pid, signal.SIGKILL)
+            pids.append(self.pid)
+            return super().round(order)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(instrument, "Child", Killed)
+        with pytest.raises(DeviceError, match=r"ended with signal 9$") as caught:
+            instrument.measure(small_bundle(tmp_path), limits=FAST)
+    assert "memory" in (caught.value.hint or "")
+    assert len(pids) == 1
 
 
 SCRIPT = """

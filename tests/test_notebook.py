@@ -188,6 +188,26 @@ def test_a_full_disk_is_a_storage_error_and_loses_nothing(
         book.opened(50, 0, SITTING)
 
 
+@pytest.mark.parametrize("room", [0, 20])
+def test_a_disk_that_is_full_from_the_start_is_left_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    real, left = os.write, room
+
+    def write_some(handle: int, data: bytes) -> int:
+        nonlocal left
+        if left <= 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        done = real(handle, data[:left])
+        left -= done
+        return done
+
+    monkeypatch.setattr(os, "write", write_some)
+    with pytest.raises(StorageError, match="No space"), Notebook(tmp_path / "p", PLAN, CASES):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

@@ -127,6 +127,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
         (lambda d: d.update(seed=-1), "out of range"),
         (lambda d: d["before"].update(mood="good"), "mood: unknown key"),
         (lambda d: d["before"].pop("at_ns"), "at_ns: missing"),
+        (lambda d: d["cases"][-1].update(kept=["exit2", "exit1"]), "do not fit the exits"),
+        (lambda d: d["exits"].append("exit2"), "do not fit the exits"),
         (lambda d: d["before"].update(at_ns=10**400), "before: at_ns: expected nanoseconds"),
         (lambda d: d["after"].update(temperature_c=-1e300), "temperature_c: found a value that no"),
         (lambda d: d["after"].update(clocks_mhz=[1500.0, 0.0]), "clocks_mhz: found a value that"),

@@ -158,11 +158,13 @@ def command(
 
 @contextmanager
 def _resumable(book: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C stops what has begun."""
+    """Say how to go on when Ctrl-C, a process that died or a full disk stops what has begun."""
+    from edgeexit.errors import DeviceError, StorageError
+
     try:
         yield
-    except KeyboardInterrupt:
-        if book.exists():
+    except (KeyboardInterrupt, DeviceError, StorageError):
+        if book.is_file():
             click.echo(f"{book}: what is finished; --resume goes on with it", err=True)
         raise
 
