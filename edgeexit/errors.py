@@ -111,6 +111,12 @@ def from_os_error(error: OSError, path: Path | str | None = None) -> EdgeExitErr
     A path that cannot be right is a UsageError, anything else that the system refuses about a
     file a StorageError. *path* names the place if the error itself does not.
     """
+    if error.errno == errno.ENOENT and "temporary directory" in (error.strerror or ""):
+        # Python's word for disks that are full everywhere; it names no file.
+        return StorageError(
+            "temporary files: cannot write to any of the usual folders",
+            hint="free some space, or name a folder in the environment variable TMPDIR",
+        )
     place = path if path is not None else error.filename
     if error.errno is None or (place is None and error.errno not in _FAILING):
         return None

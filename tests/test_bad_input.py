@@ -409,4 +409,7 @@ def test_every_exception_has_its_exit_code(
 def test_an_error_of_the_system_is_a_wrong_path_or_failing_storage() -> None:
     assert isinstance(from_os_error(OSError(36, "File name too long", "x")), UsageError)
     assert isinstance(from_os_error(OSError(5, "Input/output error")), StorageError)
+    # What tempfile raises where every disk is full.
+    nowhere = FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+    assert isinstance(from_os_error(nowhere), StorageError)
     assert from_os_error(OSError("unknown")) is None
