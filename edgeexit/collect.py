@@ -27,7 +27,7 @@ from edgeexit.state import Reading
 
 FEWEST_PROCESSES = 5
 MOST_PROCESSES = 60
-_FEWEST_ROUNDS, _MOST_ROUNDS = 4, 12
+FEWEST_ROUNDS, _MOST_ROUNDS = 4, 12
 _FEEL_NS = 500_000_000
 
 
@@ -138,7 +138,7 @@ def collect(
                         done=min(1.0, passed / cap_ns),
                         left_s=max(0.0, cap_ns - passed) / 1e9,
                         blocks=blocks // len(cases),
-                        wanted=limits.processes * _FEWEST_ROUNDS,
+                        wanted=limits.processes * FEWEST_ROUNDS,
                         reading=reading,
                         exits=known,
                     )
@@ -181,7 +181,7 @@ def _process(
         turn = turn[::-1] if number % 2 else order.sample(range(cases), cases)
         made = bench.round(turn)
         blocks += made
-        if number % 2 == 1 and number + 1 >= _FEWEST_ROUNDS:
+        if number % 2 == 1 and number + 1 >= FEWEST_ROUNDS:
             is_over = (
                 number + 1 >= _MOST_ROUNDS
                 or clock_ns() - began >= share_ns

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgeexit.blocks import PACED, SUSTAINED, Case, Kept, Mode
 from edgeexit.bundle import Bundle
-from edgeexit.collect import Limits, Progress, Step, collect
+from edgeexit.collect import FEWEST_PROCESSES, FEWEST_ROUNDS, Limits, Progress, Step, collect
 from edgeexit.device import HOST, find_device, identify
 from edgeexit.energy import FEWEST_WINDOWS, IDLE, Energy, Trace, Window, window_s
 from edgeexit.errors import DeviceError, UsageError
@@ -31,10 +31,12 @@ from edgeexit.profile import Profile
 from edgeexit.sampler import Sampler
 from edgeexit.sitting import Child
 from edgeexit.state import emulation, machine_facts, read_state
+from edgeexit.timing import PACED_CALLS
 from edgeexit.verdict import judge
 
 _HEAT_STEP_S, _HEAT_WATCH_S, _HEAT_BLIND_S, _HEAT_CAP_S = 5.0, 30.0, 60.0, 300.0
 _STEADY_C = 1.0
+_MOST_OVERRUN = 3.0
 
 
 def check_device(name: str, machine: Machine | None = None) -> str:
@@ -93,6 +95,8 @@ def measure(
     if sets is None and mode.name == PACED:
         sets = [bundle.exits]
     cases = paths(bundle, sets)
+    if mode.rate_hz is not None:
+        _check_pace(mode.rate_hz, len(cases), limits)
     watched = [k for k, case in enumerate(cases) if _is_watched(case, bundle.exits)]
     common = {
         "bundle": bundle.digest,
@@ -184,6 +188,17 @@ def measure(
         if book is not None:
             book.remove()
         return found
+
+
+def _check_pace(rate_hz: float, cases: int, limits: Limits) -> None:
+    """Refuse a pace at which the least that must be measured takes far longer than the cap."""
+    least_s = FEWEST_PROCESSES * FEWEST_ROUNDS * PACED_CALLS * cases / rate_hz
+    if least_s > _MOST_OVERRUN * limits.time_cap_s:
+        raise UsageError(
+            f"rate: at {rate_hz:g} inputs a second {cases} paths take at least {least_s:.0f} s, "
+            f"the time cap is {limits.time_cap_s:g} s",
+            hint="give a higher --rate, or a longer --time-cap",
+        )
 
 
 def _is_watched(case: Case, exits: Sequence[str]) -> bool:

@@ -32,6 +32,7 @@ _SINGLES = 20  # single calls that are timed in each block
 _WARMUP_CALLS = (12, 200)  # fewest and most
 _WARMUP_NS = 20_000_000
 _FEWEST_CALLS = 5
+PACED_CALLS = 3  # in a block, because each of them takes its time
 _YARDSTICK = bytes(16384)
 _YARDSTICK_TURNS = 9
 
@@ -142,7 +143,7 @@ class Stopwatch:
         """One block of *case*, the yardstick just before."""
         step, samples = self._steps[case], self._samples
         if self._rate_hz is not None:
-            calls = _FEWEST_CALLS
+            calls = PACED_CALLS
             began, wall, cpu, single = time_paced(step, samples, calls, self._rate_hz)
             yardstick = yardstick_ns()  # behind: before it would wake the core up
         else:

@@ -60,6 +60,11 @@ def test_what_does_not_converge_says_so_and_exits_with_6(
         (["--mode", "fast"], 2, "no mode named 'fast'"),
         (["--rate", "5"], 2, "a rate belongs to 'paced'"),
         (["--mode", "paced", "--rate", "0"], 2, "rate: expected"),
+        (
+            ["--mode", "paced", "--rate", "0.1"],
+            2,
+            "paths take at least 2400 s, the time cap is 50 s",
+        ),
         (["--mode", "paced", "--rate", "nan"], 2, "not a finite number"),
         (["--processes", "1"], 2, "processes: expected 5"),
         (["--precision", "one"], 2, "neither 1% nor 0.01|expected a share"),
