@@ -135,7 +135,7 @@ class Comparison:
             for name, found in pairs
             if _is_different(found)
         ]
-        return "B takes " + ", ".join(told) if told else "no difference in joules"
+        return "B takes " + ", ".join(told) if told else "no difference in joules for sure"
 
     def to_document(self) -> dict[str, Any]:
         """The comparison as a JSON object."""
@@ -226,6 +226,8 @@ def _basis(a: Profile, b: Profile) -> tuple[str, str]:
     share = _yardstick_ns(b) / _yardstick_ns(a) - 1
     if is_other or (a.device != b.device and HOST not in (a.device, b.device)):
         return TIME, "A and B are from different machines"
+    if a.mode != b.mode:
+        return TIME, "A and B were measured in different modes, and the yardstick with them"
     if abs(share) > _YARDSTICKS_DIFFER:
         change = f"{abs(share):.1%} {'slower' if share > 0 else 'faster'}"
         return YARDSTICK, f"the yardstick loop was {change} in B: the whole machine was"

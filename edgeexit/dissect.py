@@ -172,15 +172,16 @@ def _block_ns(step: Callable[[], object]) -> float:
 
 def private_bytes() -> int | None:
     """
-    Resident memory of this process that it shares with no other, None if the system hides it.
+    Memory that this process has written and shares with no other, None if the system hides it.
 
-    From smaps_rollup where the kernel has it (since 4.14), else resident less shared pages.
+    From smaps_rollup where the kernel has it (since 4.14), else resident less shared pages. Pages
+    of libraries do not count: whether they are shared depends on who else runs them just now.
     """
     try:
         lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     except OSError:
         lines = []
-    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("Private_")]
+    kilobytes = [int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")]
     if kilobytes:
         return sum(kilobytes) * 1024
     try:

@@ -56,6 +56,17 @@ def check_device(name: str, machine: Machine | None = None) -> str:
     return device.name
 
 
+def measuring_now() -> list[int]:
+    """The numbers of the timing processes that run on this machine."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if "edgeexit.timing" in (process.info["cmdline"] or ()):
+            found.append(process.info["pid"])
+    return found
+
+
 def measure(
     bundle: Bundle,
     device: str = HOST,
@@ -158,7 +169,7 @@ def measure(
             try:
                 energy = _measure_energy(plan, meter, machine, device, watched, book, on_step)
             except DeviceError as error:
-                failure = f"{error}"
+                failure = f"{error} ({error.hint})" if error.hint else f"{error}"
         found = Profile(
             device=name,
             bundle_digest=bundle.digest,
@@ -233,7 +244,7 @@ def _heat(child: Child, machine: Machine, on_step: Step | None) -> None:
                 Progress(
                     what="heating",
                     done=min(1.0, passed / _HEAT_CAP_S),
-                    left_s=_HEAT_CAP_S - passed,
+                    left_s=(_HEAT_CAP_S if seen else _HEAT_BLIND_S) - passed,
                     blocks=0,
                     wanted=0,
                     reading=reading,

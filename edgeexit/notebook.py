@@ -220,6 +220,6 @@ class Notebook:
         other = sorted(key for key in {*plan, *wanted} if plan.get(key) != wanted.get(key))
         if other:
             raise UsageError(
-                f"{self.path}: of another measurement ({', '.join(other)} differ)",
+                f"{self.path}: of a measurement with other {', '.join(other)}",
                 hint="give the same options again, or delete the file to begin anew",
             )

@@ -178,8 +178,13 @@ def _blocks(profile: Profile) -> str:
         _dot(*axes.at(s, min(max(y, low), high)), _COLOURS[order.index(b.case) % len(_COLOURS)])
         for s, y, b in zip(seconds, shares, blocks, strict=True)
     ]
-    yardstick = [axes.at(s, min(max(y, low), high)) for s, y in zip(seconds, turns, strict=True)]
-    marks.append(_line(yardstick, "#111", 0.7))
+    for process in profile.processes:
+        yardstick = [
+            axes.at(s, min(max(y, low), high))
+            for s, y, b in zip(seconds, turns, blocks, strict=True)
+            if process.began_ns <= b.at_ns <= process.ended_ns
+        ]
+        marks.append(_line(yardstick, "#111", 0.7))
     legend = ", ".join(
         f'<span style="color:{_COLOURS[k % len(_COLOURS)]}">●</span> '
         f"{_text(named(profile, case)[:_NAME_LENGTH])}"

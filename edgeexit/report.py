@@ -64,7 +64,8 @@ def live_line(progress: Progress) -> str:
         name, found = max(progress.exits, key=lambda pair: pair[1].half_width)
         parts = [f"{_short(name)}: {milliseconds(found.value / 1e6)} ms ± {found.half_width:.1%}"]
     wanted = f"/{progress.wanted}" if progress.blocks <= progress.wanted else ""
-    parts.append(f"{progress.blocks}{wanted} blocks")
+    if progress.wanted:
+        parts.append(f"{progress.blocks}{wanted} blocks")
     reading = progress.reading
     if reading is not None and reading.temperature_c is not None:
         parts.append(f"{reading.temperature_c:.0f} °C")
@@ -86,7 +87,7 @@ def profile_table(profile: Profile, *, everything: bool = False) -> str:
     head = (
         f"{profile.bundle_name} on {profile.device}, {profile.mode}: {profile.runtime}{delegate}, "
         f"{threads}{pinned}; {_count(len(profile.processes), 'process', 'processes')}, "
-        f"{_count(blocks, 'block', 'blocks')} each"
+        f"{_count(blocks, 'block', 'blocks')} of each path"
     )
     sections = [_wrapped(head), _costs(profile), _parts(profile)]
     if everything:
@@ -299,7 +300,7 @@ def comparison_table(comparison: Comparison) -> str:
     joules = comparison.energy_summary()
     if joules is not None:
         labels = " and ".join(comparison.joule_labels)
-        lines.append(_wrapped(f"joules (gross, {labels}, one process each): {joules}"))
+        lines.append(_wrapped(f"joules (gross, {labels}, window by window): {joules}"))
     return "\n".join([*lines, comparison.summary()])
 
 
@@ -331,9 +332,11 @@ def verdict(policy: Policy) -> str:
         )
     if full < WORTH_IT or len(policy.kept) < 2:
         return "Early exit is not worth it here: the full network is as cheap."
+    is_priced = name in expected.get("static_exits_priced", policy.exits)
+    at_most = "" if is_priced else "at most "
     return (
         f"Early exit is worth it here: {full:.2f}x faster than the full network, "
-        f"{static:.2f}x faster than the best static one ({name}).{_joules_said(expected)}"
+        f"{at_most}{static:.2f}x faster than the best static one ({name}).{_joules_said(expected)}"
     )
 
 
@@ -419,8 +422,8 @@ def _policy_notes(policy: Policy) -> list[str]:
     unknown = [name for name in policy.exits if name not in expected["static_exits_priced"]]
     if unknown:
         lines.append(
-            f"The profile does not tell what {', '.join(unknown)} would cost alone: a static "
-            "network that ends there may be as fast."
+            f"The profile does not tell what {', '.join(unknown)} would cost alone: taken is what "
+            "leaving there costs behind the other exits, a little too much."
         )
     if "mean_mj" in expected:
         scaled = expected["energy_origin"] == FITTED

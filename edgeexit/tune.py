@@ -257,13 +257,20 @@ def _check(flips: NDArray[np.bool_], target: float, confidence: float) -> dict[s
 
 
 def _best_static(harmful: NDArray[np.bool_], prices: Prices, allowed: int) -> tuple[str, float]:
-    """The cheapest single exit, cut out alone, that is itself within the budget; its ns."""
+    """
+    The cheapest single exit, cut out alone, that is itself within the budget; its ns.
+
+    Where the profile does not tell what an exit costs alone, it is what leaving there costs with
+    all exits kept: a little too much.
+    """
     profile = prices.profile
     found = (profile.exits[-1], profile.value_ns(profile.full))
+    together = prices.costs_ns(profile.exits)
     for k, name in enumerate(profile.exits[:-1]):
-        cost = prices.costs_ns((name,))
-        if cost is not None and int(harmful[:, k].sum()) <= allowed and cost[0] < found[1]:
-            found = (name, cost[0])
+        alone = prices.costs_ns((name,))
+        costs = alone if alone is not None or together is None else together[k : k + 1]
+        if costs and int(harmful[:, k].sum()) <= allowed and costs[0] < found[1]:
+            found = (name, costs[0])
     return found
 
 

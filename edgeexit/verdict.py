@@ -26,6 +26,7 @@ from edgeexit.blocks import (
     Reason,
     Verdict,
 )
+from edgeexit.energy import Energy
 from edgeexit.errors import printable
 from edgeexit.profile import Profile
 from edgeexit.state import Reading
@@ -62,6 +63,8 @@ _OFF_CPU = 0.02
 _PAUSE_NS, _PAUSE_FACTOR = 100e6, 1.2
 # Kernels move a few idle pages out at any time; this much means that memory is short.
 _SWAP_MB = 16.0
+# Beyond this, millijoules over milliseconds is no power that the board ever drew.
+_OTHER_PACE = 0.10
 # Sustained claims a steady state; a Pi's sensor wavers by one or two of its steps of 0.5 degrees.
 _RISING_C = 2.0
 # Where blocks resemble their neighbours more than this, something slow is at work and the
@@ -340,6 +343,23 @@ def _energy(profile: Profile) -> Iterator[Reason]:
     if profile.energy is not None:
         for text in profile.energy.reasons():
             yield Reason(kind="energy", text=text)
+        yield from _other_pace(profile, profile.energy)
+
+
+def _other_pace(profile: Profile, energy: Energy) -> Iterator[Reason]:
+    """Joules and milliseconds are of one machine only if calls took as long in both parts."""
+    if energy.pace_hz is not None:
+        return
+    found = []
+    for place in energy.cases:
+        windows = [window for window in energy.windows if window.case == place]
+        per_call_ns = sum(w.duration_s for w in windows) * 1e9 / sum(w.calls for w in windows)
+        found.append((per_call_ns / profile.value_ns(profile.cases[place]) - 1, place))
+    change, place = max(found, key=lambda pair: abs(pair[0]))
+    if abs(change) > _OTHER_PACE:
+        name = named(profile, profile.cases[place])
+        text = f"calls of {name} were {_change(change)} in the joule windows than in timed blocks"
+        yield Reason(kind="energy", text=text)
 
 
 def _precision(profile: Profile) -> Iterator[Reason]:

@@ -206,7 +206,7 @@ def test_joules_are_compared_with_their_label() -> None:
     assert found.energy_summary() is not None
     assert "1.1" in str(found.energy_summary())
     text = report.comparison_table(found)
-    assert "joules (gross, external, one process each): B takes 1.1" in text
+    assert "joules (gross, external, window by window): B takes 1.1" in text
     assert found.summary().startswith("no difference")
 
 

@@ -108,7 +108,7 @@ def test_an_unfinished_measurement_is_not_overwritten(tmp_path: Path) -> None:
         pass
     assert "--resume" in (caught.value.hint or "")
     with (
-        pytest.raises(UsageError, match="threads differ"),
+        pytest.raises(UsageError, match="with other threads"),
         Notebook(path, {**PLAN, "threads": 2}, CASES, resume=True),
     ):
         pass

@@ -39,6 +39,7 @@ from edgeexit.blocks import (
     Mode,
 )
 from edgeexit.collect import Limits
+from edgeexit.energy import Window
 from edgeexit.instrument import measure
 from edgeexit.profile import Profile
 from edgeexit.state import Reading
@@ -346,10 +347,27 @@ def test_quiet_simulated_machines_are_clean() -> None:
 
 
 def test_doubtful_joules_disturb() -> None:
-    meter = SimpleNamespace(reasons=lambda: ["idle power drifted between 2 W and 3 W (40%)"])
+    drifted = "idle power drifted between 2 W and 3 W (40%)"
+    meter = SimpleNamespace(reasons=lambda: [drifted], pace_hz=5.0)
     verdict = judge(replace(QUIET, energy=meter))
     assert verdict.status == DISTURBED
     assert [reason.kind for reason in verdict.reasons] == ["energy"]
+
+
+@pytest.mark.parametrize(("factor", "status"), [(0.95, CLEAN), (1.0, CLEAN), (0.8, DISTURBED)])
+def test_calls_that_took_another_time_in_the_joule_windows_disturb(
+    factor: float, status: str
+) -> None:
+    def window(case: int) -> Window:
+        calls = round(4e9 / (factor * QUIET.value_ns(QUIET.cases[case])))
+        return Window(case=case, began_ns=0, ended_ns=4 * 10**9, calls=calls)
+
+    meter = SimpleNamespace(
+        reasons=list, pace_hz=None, cases=[0, 1], windows=[window(0), window(1)]
+    )
+    verdict = judge(replace(QUIET, energy=meter))
+    assert verdict.status == status
+    assert [reason.kind for reason in verdict.reasons] == (["energy"] if factor < 0.9 else [])
 
 
 def test_wide_intervals_are_not_converged_and_named() -> None:

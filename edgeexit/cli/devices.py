@@ -33,6 +33,17 @@ def command(context: click.Context, as_json: bool) -> None:
         if as_json:
             raise UsageError("--json: give it after the subcommand")
         return
+    _list(as_json)
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON document")
+def list_devices(as_json: bool) -> None:
+    """List the kinds of boards that edgeexit knows."""
+    _list(as_json)
+
+
+def _list(as_json: bool) -> None:
     from edgeexit.device import device_names, find_device
     from edgeexit.files import json_bytes
 

@@ -124,6 +124,7 @@ def test(
     if output is not None:
         rows = "".join(f"{at_ms:.3f},{power_mw:.3f}\n" for at_ms, power_mw in found.samples)
         write_file(output, f"at_ms,power_mw\n{rows}".encode())
+        click.echo(f"wrote {output}", err=True)
     click.echo(json_bytes(found.to_document()) if as_json else _table(spec, found), nl=False)
     bad = [finding.text for finding in found.findings if finding.is_bad]
     if bad:

@@ -126,6 +126,11 @@ def command(
     if mode == PACED and rate is None:
         rate = 5.0
     book = path.with_name(f"{path.name}.part")
+    rivals = instrument.measuring_now()
+    if rivals:
+        click.echo(
+            f"warning: process {rivals[0]} is measuring, too: each will disturb the other", err=True
+        )
     with _live(report.live_line) as show, _resumable(book):
         found = instrument.measure(
             bundle,
@@ -150,10 +155,9 @@ def command(
     if found.energy_failure is not None:
         raise DeviceError(found.energy_failure, hint="the latencies are kept; see: edgeexit meters")
     if found.verdict.status != CLEAN:
-        raise Disturbed(
-            f"{path}: {found.verdict}",
-            hint="edgeexit doctor tells what can be mended; then measure again",
-        )
+        kinds = ", ".join(dict.fromkeys(reason.kind for reason in found.verdict.reasons))
+        status = found.verdict.status
+        raise Disturbed(f"{path}: {status.upper()} ({kinds})", hint=_HINTS[status])
 
 
 @contextmanager
@@ -165,8 +169,15 @@ def _resumable(book: Path) -> Iterator[None]:
         yield
     except (KeyboardInterrupt, DeviceError, StorageError):
         if book.is_file():
-            click.echo(f"{book}: what is finished; --resume goes on with it", err=True)
+            click.echo(f"{book}: kept; the same command with --resume goes on", err=True)
         raise
+
+
+_HINTS = {
+    "disturbed": "edgeexit doctor tells what can be mended; then measure again",
+    "not converged": "give it more time, such as --time-cap 300, or ask for less with --precision",
+    "emulated": "measure on the board itself",
+}
 
 
 class _live:  # noqa: N801
