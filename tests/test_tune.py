@@ -201,7 +201,15 @@ def test_a_profile_of_the_full_set_alone_still_makes_a_policy() -> None:
     assert policy.kept in (EXITS, EXITS[-1:])
     assert policy.provenance["costs"]["origin"] == "measured"
     assert policy.expected["static_exits_priced"] == ["exit0", "exit2"]
-    assert "does not tell what exit1 would cost alone" in policy_table(policy)
+    table = policy_table(policy)
+    assert "does not tell what exit1 would cost alone" in table
+    # A static network that ends at exit1 costs at most what leaving there does.
+    whole = profile.costs_ns(EXITS)
+    assert whole is not None
+    expected = policy.expected
+    assert expected["best_static_ms"] <= whole[1] / 1e6
+    if expected["best_static_exit"] == "exit1":
+        assert "at most" in table
 
 
 # ---------------------------------------------------------------- what a profile is worth
