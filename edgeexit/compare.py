@@ -215,15 +215,9 @@ def _ratios(profile: Profile, case: Case) -> list[Values]:
     return [process.ratios(place) for process in profile.processes]
 
 
-def _yardstick_ns(profile: Profile) -> float:
-    return intervals.pooled_median(
-        [[block.yardstick_ns for block in process.blocks] for process in profile.processes]
-    )
-
-
 def _basis(a: Profile, b: Profile) -> tuple[str, str]:
     is_other = any(a.machine.get(what) != b.machine.get(what) for what in _MACHINE)
-    share = _yardstick_ns(b) / _yardstick_ns(a) - 1
+    share = b.yardstick_ns / a.yardstick_ns - 1
     if is_other or (a.device != b.device and HOST not in (a.device, b.device)):
         return TIME, "A and B are from different machines"
     if a.mode != b.mode:

@@ -166,10 +166,9 @@ def _blocks(profile: Profile) -> str:
     began = profile.processes[0].began_ns
     blocks = [b for process in profile.processes for b in process.blocks if b.case in cases]
     blocks = blocks[:: math.ceil(len(blocks) / _MOST_DOTS)]
-    turn = float(np.median([block.yardstick_ns for block in blocks]))
     seconds = [(block.at_ns - began) / 1e9 for block in blocks]
     shares = [100 * block.mean_ns / middles[block.case] for block in blocks]
-    turns = [100 * block.yardstick_ns / turn for block in blocks]
+    turns = [100 * block.yardstick_ns / profile.yardstick_ns for block in blocks]
     # A few blocks far out must not press all others flat: they stand at the edge.
     low, high = _around([*np.quantile([*shares, *turns], [0.005, 0.995]).tolist(), 100.0], 2.0)
     axes = _Axes(x=_around(seconds, 0.1), y=(low, high), height=300)

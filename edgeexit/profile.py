@@ -134,6 +134,13 @@ class Profile:
         low, high = self._interval(ours / theirs)
         return Estimate(value=self.value_ns(case) / self.value_ns(of), low=low, high=high)
 
+    @cached_property
+    def yardstick_ns(self) -> float:
+        """Nanoseconds of a turn of the yardstick loop: the median, as of a case."""
+        return intervals.pooled_median(
+            [[block.yardstick_ns for block in process.blocks] for process in self.processes]
+        )
+
     def in_yardsticks(self, case: Case) -> float:
         """The cost of *case* in turns of the yardstick loop that ran beside it."""
         place = self.cases.index(case)

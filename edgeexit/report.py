@@ -238,8 +238,7 @@ def _machine(profile: Profile) -> str:
     bits = [reading.throttled for reading in readings if reading.throttled is not None]
     if bits:
         about.append("throttled" if any(value & 0xF for value in bits) else "not throttled")
-    turns_ns = [block.yardstick_ns for process in profile.processes for block in process.blocks]
-    about.append(f"a turn of the yardstick {median(turns_ns) / 1e3:.4g} us")
+    about.append(f"a turn of the yardstick {profile.yardstick_ns / 1e3:.4g} us")
     return _wrapped("machine: " + ", ".join(about))
 
 

@@ -10,6 +10,7 @@ and hwmon numbers are handed out anew at every boot, so that chips are found by 
 import errno
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Kept:
             raise DeviceError(f"{self._path}: cannot be read: {error.strerror}") from error
 
 
-class Polled:
+class Polled(ABC):
     """
     A meter that is asked at a steady rate: whoever derives from it says read().
 
@@ -99,9 +100,9 @@ class Polled:
         """What this meter is."""
         return self._info
 
+    @abstractmethod
     def read(self) -> float | None:
         """One reading."""
-        raise NotImplementedError
 
     def samples(self) -> Iterator[Sample]:
         """Samples at the meter's rate. DeviceError when the sensor vanishes."""
