@@ -36,7 +36,7 @@ from edgeexit.files import (
 )
 from edgeexit.interpreter import open_interpreter
 from edgeexit.names import unknown
-from edgeexit.policy import Policy
+from edgeexit.policy import Parent, Policy
 from edgeexit.preprocess import InputStage, Preprocess
 from edgeexit.tflite import TensorSpec
 
@@ -112,7 +112,8 @@ class Bundle:
     A bundle folder that was read and checked.
 
     exits are names, earliest first; logits holds one spec per exit. calibration_set is
-    {"name", "digest"} or None. digest is the SHA-256 of bundle.json in hexadecimal.
+    {"name", "digest"} or None. digest is the SHA-256 of bundle.json in hexadecimal. parent is the
+    bundle that this one was cut out of, None if it was converted.
     """
 
     path: Path
@@ -130,6 +131,7 @@ class Bundle:
     files: Mapping[str, FileEntry]
     calibration_set: Mapping[str, str] | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    parent: Parent | None = None
 
     @property
     def exit_tensors(self) -> dict[str, str]:

@@ -27,7 +27,8 @@ from edgeexit.names import choose, unknown
 from edgeexit.tflite import TensorSpec
 
 # 1: first version.
-FORMAT = 1
+# 2: class_offsets and certificate.
+FORMAT = 2
 
 ALWAYS = -math.inf  # the threshold of an exit that is taken whatever its confidence
 NEVER = sys.float_info.max  # of one that is computed but never taken
@@ -224,6 +225,14 @@ class Confidence:
 # ---------------------------------------------------------------- policy
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The bundle that another one was cut out of: its digest, and all its exits in order."""
+
+    digest: str
+    exits: tuple[str, ...]
+
+
 class Exits(Protocol):
     """What a policy needs to know of a bundle: its exits, earliest first, and its digest."""
 
@@ -237,6 +246,11 @@ class Exits(Protocol):
         """SHA-256 of bundle.json."""
         ...
 
+    @property
+    def parent(self) -> Parent | None:
+        """What it was cut out of; None for a bundle that was converted."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -245,10 +259,12 @@ class Policy:
 
     *exits* are all exits of the bundle whose digest is *bundle_digest*; *thresholds* belong to
     all but the final one. Exit k is taken when its confidence >= thresholds[k]: ALWAYS takes
-    it whatever happens, NEVER computes it only, DROPPED leaves it out. *kept* names the exits
-    that are computed, in order (default: those not DROPPED, and the final one); it may end
-    before the final exit if the last kept one is taken ALWAYS. target, expected, check and
-    provenance say what the policy was chosen for; they are JSON values.
+    it whatever happens, NEVER computes it only, DROPPED leaves it out. *class_offsets* may name
+    exits with one number for each class: an answer of class c then needs thresholds[k] plus
+    number c. *kept* names the exits that are computed, in order (default: those not DROPPED, and
+    the final one); it may end before the final exit if the last kept one is taken ALWAYS. target,
+    expected and provenance say what the policy was chosen for, certificate what is promised about
+    it and why; they are JSON values.
     """
 
     device: str
@@ -261,6 +277,8 @@ class Policy:
     expected: Mapping[str, Any] = field(default_factory=dict)
     check: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    class_offsets: Mapping[str, tuple[float, ...]] | None = None
+    certificate: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -279,6 +297,7 @@ class Policy:
             pairs = zip(self.exits, (*self.thresholds, ALWAYS), strict=True)
             object.__setattr__(self, "kept", tuple(n for n, t in pairs if t < DROPPED))
         self._check_kept()
+        self._check_offsets()
 
     def _check_kept(self) -> None:
         for name in self.kept:
@@ -295,9 +314,33 @@ class Policy:
                 "always taken (threshold -inf)"
             )
 
+    def _check_offsets(self) -> None:
+        for name, offsets in (self.class_offsets or {}).items():
+            if name not in self.exits[:-1]:
+                raise unknown(name, self.exits[:-1], "exit with a threshold")
+            if not all(map(math.isfinite, offsets)):
+                raise UsageError(f"class_offsets: exit {name!r} has NaN or infinity")
+
     def threshold(self, exit_name: str) -> float:
         """The confidence from which on *exit_name* is taken; ALWAYS for the final exit."""
         return (*self.thresholds, ALWAYS)[self.exits.index(exit_name)]
+
+    def limits(self, exit_name: str, classes: int) -> tuple[float, ...]:
+        """
+        The confidence from which on an answer of each class is taken at *exit_name*.
+
+        ALWAYS at the last kept exit. BadFile if class_offsets are for another number of classes.
+        """
+        threshold = ALWAYS if exit_name == self.kept[-1] else self.threshold(exit_name)
+        offsets = (self.class_offsets or {}).get(exit_name)
+        if offsets is None:
+            return (threshold,) * classes
+        if len(offsets) != classes:
+            raise BadFile(
+                f"policy: class_offsets: {len(offsets)} at exit {exit_name!r}, "
+                f"expected one for each of {classes} classes"
+            )
+        return tuple(threshold + offset for offset in offsets)
 
     @classmethod
     def full(cls, bundle: Exits, *, device: str = "any") -> "Policy":
@@ -341,8 +384,20 @@ class Policy:
         )
 
     def check_bundle(self, bundle: Exits, where: str = "policy") -> None:
-        """Refuse (BadFile) to serve any other bundle than the one the policy was made for."""
-        if self.bundle_digest != bundle.digest or self.exits != bundle.exits:
+        """
+        Refuse (BadFile) to serve any other bundle than the one the policy was made for.
+
+        A bundle that was cut out of that one and holds exactly the kept exits is served too: it
+        gives the same answers.
+        """
+        parent = bundle.parent
+        is_cut_out = (
+            parent is not None
+            and (self.bundle_digest, self.exits) == (parent.digest, parent.exits)
+            and self.kept == bundle.exits
+        )
+        is_own = (self.bundle_digest, self.exits) == (bundle.digest, bundle.exits)
+        if not is_own and not is_cut_out:
             raise BadFile(
                 f"{where}: made for bundle {self.bundle_digest[:12]}, "
                 f"this bundle is {bundle.digest[:12]}",
@@ -351,6 +406,7 @@ class Policy:
 
     def to_document(self) -> dict[str, Any]:
         """The policy as a JSON object; infinite thresholds become the strings inf and -inf."""
+        offsets = self.class_offsets
         return {
             "format": self.format,
             "device": self.device,
@@ -359,19 +415,26 @@ class Policy:
             "exits": list(self.exits),
             "kept": list(self.kept),
             "thresholds": [t if math.isfinite(t) else str(t) for t in self.thresholds],
+            "class_offsets": None if offsets is None else {n: list(o) for n, o in offsets.items()},
             "target": dict(self.target),
             "expected": dict(self.expected),
-            "check": dict(self.check),
+            **({"check": dict(self.check)} if self.check else {}),
+            "certificate": dict(self.certificate),
             "provenance": dict(self.provenance),
         }
 
     @classmethod
     def from_document(cls, table: Table) -> "Policy":
         """Read what to_document wrote. BadFile names the key that is wrong."""
+        if table.values.get("format") == 1:
+            raise BadFile(
+                f"{table.where}: format: 1 holds no certificate, expected {FORMAT}",
+                hint="make the policy again with: edgeexit tune",
+            )
         number = table.expect_format(FORMAT)
         table.only(
             *("format", "device", "bundle", "measure", "exits", "kept", "thresholds"),
-            *("target", "expected", "check", "provenance"),
+            *("class_offsets", "target", "expected", "check", "certificate", "provenance"),
         )
         try:
             return cls(
@@ -381,10 +444,12 @@ class Policy:
                 measure=table.get("measure", str),
                 exits=tuple(table.list_of("exits", str)),
                 kept=tuple(table.list_of("kept", str)),
-                thresholds=_thresholds(table),
+                thresholds=limits_from(table, "thresholds"),
+                class_offsets=_class_offsets(table),
                 target=table.table("target").values,
                 expected=table.table("expected").values,
-                check=table.table("check").values,
+                check=table.find("check", dict, {}),
+                certificate=table.table("certificate").values,
                 provenance=table.table("provenance").values,
             )
         except UsageError as error:
@@ -404,17 +469,25 @@ class Policy:
         write_file(Path(path), data)
 
 
-def _thresholds(table: Table) -> tuple[float, ...]:
+def limits_from(table: Table, key: str) -> tuple[float, ...]:
+    """The thresholds in the list at *key*: numbers, "inf" and "-inf". BadFile for others."""
     infinite = {"inf": DROPPED, "-inf": ALWAYS}
     found = []
-    for index, value in enumerate(table.get("thresholds", list)):
+    for index, value in enumerate(table.get(key, list)):
         if isinstance(value, str) and value in infinite:
             found.append(infinite[value])
         elif type(value) in (int, float) and abs(value) <= NEVER:
             found.append(float(value))
         else:
             raise BadFile(
-                f"{table.where}: thresholds[{index}]: expected a number, 'inf' or '-inf', "
+                f"{table.where}: {key}[{index}]: expected a number, 'inf' or '-inf', "
                 f"found {str(value)[:40]!r}"
             )
     return tuple(found)
+
+
+def _class_offsets(table: Table) -> dict[str, tuple[float, ...]] | None:
+    if "class_offsets" in table and table.values["class_offsets"] is None:
+        return None
+    offsets = table.table("class_offsets")
+    return {name: tuple(offsets.list_of(name, float)) for name in offsets.values}

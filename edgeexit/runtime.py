@@ -19,7 +19,7 @@ from edgeexit.bundle import Bundle, Link
 from edgeexit.device import this_device
 from edgeexit.errors import BadFile, Busy, DeviceError, UsageError
 from edgeexit.interpreter import Interpreter, check_loads, open_interpreter, runtime_name
-from edgeexit.policy import ALWAYS, Confidence, Policy
+from edgeexit.policy import Confidence, Policy
 from edgeexit.preprocess import InputStage
 from edgeexit.tflite import TensorSpec
 
@@ -98,7 +98,8 @@ class Segment:
     advance() does all of that; the first call opens the file. fetch() is its first part alone, for
     whoever times it. *values* maps the names of all
     tensors made so far to their bytes in memory, and grows by this segment's outputs. After
-    advance, `logits` is a memoryview of the stored logits, typed as they are.
+    advance, `logits` is a memoryview of the stored logits, typed as they are. *limits* hold, for
+    each class, the confidence from which on an answer of that class is taken.
     """
 
     __slots__ = (
@@ -110,10 +111,10 @@ class Segment:
         "_values",
         "advance",
         "index",
+        "limits",
         "logits",
         "name",
         "read",
-        "threshold",
     )
 
     def __init__(
@@ -122,12 +123,12 @@ class Segment:
         values: dict[str, memoryview],
         *,
         index: int,
-        threshold: float,
+        limits: tuple[float, ...],
         read: Callable[[memoryview], tuple[int, float]],
         threads: int,
     ) -> None:
         self._link, self._values, self._threads = link, values, threads
-        self.name, self.index, self.threshold, self.read = link.exit, index, threshold, read
+        self.name, self.index, self.limits, self.read = link.exit, index, limits, read
         self._opened: Interpreter | None = None
         self._copies: tuple[tuple[memoryview, memoryview], ...] = ()
         self._invoke: Callable[[], None] = _not_open
@@ -281,14 +282,13 @@ class Runner:
         segments = []
         for link in bundle.chain(policy.kept):
             index = bundle.exits.index(link.exit)
-            is_last = link.exit == policy.kept[-1]
             confidence = Confidence(policy.measure, bundle.logits[index])
             segments.append(
                 Segment(
                     link,
                     values,
                     index=index,
-                    threshold=ALWAYS if is_last else policy.threshold(link.exit),
+                    limits=policy.limits(link.exit, len(bundle.class_names)),
                     read=confidence.read,
                     threads=self.threads,
                 )
@@ -311,8 +311,8 @@ class Runner:
             for segment in self._segments:
                 segment.advance()
                 label, confidence = segment.read(segment.logits)
-                # NaN cannot come: read makes 0.0 of it. The last threshold is -inf.
-                if confidence >= segment.threshold:
+                # NaN cannot come: read makes 0.0 of it. The last limits are -inf.
+                if confidence >= segment.limits[label]:
                     break
             index = segment.index
             return Prediction(
@@ -329,6 +329,23 @@ class Runner:
             raise _failed(self.bundle, error) from error
         finally:
             self._running = False
+
+    def adopt(self, policy: Policy) -> None:
+        """
+        Decide by *policy* from the next call on; nothing is opened or closed.
+
+        UsageError unless it computes the same exits with the same measure.
+        """
+        policy.check_bundle(self.bundle)
+        if (policy.kept, policy.measure) != (self.policy.kept, self.policy.measure):
+            raise UsageError(
+                f"policy with {policy.measure} at {list(policy.kept)}, this Runner has "
+                f"{self.policy.measure} at {list(self.policy.kept)}",
+                hint="make a new Runner for it",
+            )
+        for segment in self._segments:
+            segment.limits = policy.limits(segment.name, len(self._class_names))
+        self.policy = policy
 
     def stream(self, samples: Iterable[Any]) -> Iterator[Prediction]:
         """Answers to *samples*, one by one as they come; all segments are opened first."""

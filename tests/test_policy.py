@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import json_bytes, parse_json
-from edgeexit.policy import ALWAYS, DROPPED, MEASURES, NEVER, Confidence, Policy
+from edgeexit.policy import ALWAYS, DROPPED, MEASURES, NEVER, Confidence, Parent, Policy
 from edgeexit.tflite import TensorSpec
 
 
@@ -24,6 +24,7 @@ def logits_spec(classes: int, dtype: str = "int8", scale: float = 0.11) -> Tenso
 class ThreeExits:
     exits: tuple[str, ...] = ("a", "b", "c")
     digest: str = "d" * 64
+    parent: Parent | None = None
 
 
 def some_policy(**changes: object) -> Policy:
@@ -155,7 +156,13 @@ def test_forced_policies() -> None:
 @pytest.mark.parametrize(
     ("changes", "place"),
     [
-        ({"format": 2}, "format"),
+        ({"format": 3}, "format"),
+        ({"format": 1}, "1 holds no certificate"),
+        ({"class_offsets": []}, "class_offsets"),
+        ({"class_offsets": {"z": [0.1]}}, "'z'"),
+        ({"class_offsets": {"c": [0.1]}}, "'c'"),
+        ({"class_offsets": {"a": [0.1, "inf"]}}, r"class_offsets\.a\.1"),
+        ({"certificate": None}, "certificate"),
         ({"thresholds": [0.5]}, "thresholds"),
         ({"thresholds": [0.5, "nan"]}, r"thresholds\[1\]"),
         ({"thresholds": [0.5, True]}, r"thresholds\[1\]"),
@@ -193,3 +200,33 @@ def test_policy_of_another_bundle_is_refused() -> None:
         some_policy().check_bundle(ThreeExits(digest="e" * 64), "host.json")
 
     assert "tune" in (caught.value.hint or "")
+
+
+def test_class_offsets_shift_the_threshold_of_each_class(tmp_path: Path) -> None:
+    policy = some_policy(
+        thresholds=(0.75, NEVER),
+        class_offsets={"a": (0.0, -0.25), "b": (-1.0, 1.0)},
+        certificate={"level": 0.01, "path": [["inf", "inf"], [0.75, "inf"]]},
+    )
+    policy.save(tmp_path / "host.json")
+
+    assert Policy.load(tmp_path / "host.json") == policy
+    assert policy.limits("a", 2) == (0.75, 0.5)
+    assert min(policy.limits("b", 2)) >= NEVER
+    assert policy.limits("c", 2) == (ALWAYS, ALWAYS)
+    with pytest.raises(BadFile, match="each of 3 classes"):
+        policy.limits("a", 3)
+
+
+def test_a_bundle_cut_out_of_the_policys_own_is_served_if_it_holds_the_kept_exits() -> None:
+    policy = some_policy()
+    parent = Parent(digest="d" * 64, exits=("a", "b", "c"))
+
+    policy.check_bundle(ThreeExits(exits=("a", "c"), digest="e" * 64, parent=parent))
+    for other in (
+        ThreeExits(exits=("a", "b"), digest="e" * 64, parent=parent),
+        ThreeExits(exits=("a", "c"), digest="e" * 64, parent=replace(parent, digest="f" * 64)),
+        ThreeExits(exits=("a", "c"), digest="e" * 64),
+    ):
+        with pytest.raises(BadFile, match="made for bundle"):
+            policy.check_bundle(other)

@@ -1,6 +1,7 @@
 """The chain answers as the uncut model does, and stops where the policy says."""
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -261,3 +262,30 @@ def test_a_path_for_a_bundle_is_refused_with_the_way_out() -> None:
     with pytest.raises(UsageError, match="expected a Bundle, found str") as caught:
         Runner("fashion.edgeexit")  # type: ignore[arg-type]
     assert "load_bundle" in str(caught.value.hint)
+
+
+def test_each_class_has_its_own_limit(bundle: Bundle) -> None:
+    """An offset beyond any confidence keeps one class from leaving early, and no other."""
+    early = stop_at(bundle, "exit0")
+    with Runner(bundle, early) as runner:
+        labels = [runner(sample).label for sample in SAMPLES]
+    barred = labels[0]
+    offsets = tuple(9.0 if label == barred else 0.0 for label in range(4))
+    policy = replace(early, thresholds=(0.0, NEVER), class_offsets={"exit0": offsets})
+
+    with Runner(bundle, policy) as runner:
+        assert [runner(sample).exit for sample in SAMPLES] == [
+            2 if label == barred else 0 for label in labels
+        ]
+    with pytest.raises(BadFile, match="each of 4 classes"):
+        Runner(bundle, replace(policy, class_offsets={"exit0": (0.0,)}))
+
+
+def test_a_runner_adopts_another_policy_of_the_same_exits(bundle: Bundle) -> None:
+    with Runner(bundle, stop_at(bundle, "exit2")) as runner:
+        assert runner(SAMPLES[0]).exit == 2
+        runner.adopt(stop_at(bundle, "exit0"))
+        assert runner(SAMPLES[0]).exit == 0
+        assert runner.policy == stop_at(bundle, "exit0")
+        with pytest.raises(UsageError, match="this Runner has"):
+            runner.adopt(Policy.forced(bundle, exit="exit2", kept=("exit2",)))
