@@ -1,10 +1,11 @@
 """
-What each segment costs besides its answer: loading, memory, hand-over, the input stage.
+What stands around an answer: loading, memory, hand-over, the input stage, decoding a picture.
 
 Callers see dissect and Dissection. It runs in the timing process before anything else has opened
 a segment, because opening, first calls and memory can be seen only once in a process.
 """
 
+import io
 import resource
 import statistics
 import time
@@ -14,10 +15,12 @@ from pathlib import Path
 from time import perf_counter_ns
 from typing import Any, TypeVar
 
+from PIL import Image
+
 from edgeexit.bundle import Bundle
 from edgeexit.errors import BadFile, DeviceError
 from edgeexit.files import Table
-from edgeexit.preprocess import InputStage
+from edgeexit.preprocess import InputStage, Preprocess, fit_sample, load_image
 from edgeexit.runtime import Runner, Segment, runtime_name
 
 _T = TypeVar("_T", int, float)
@@ -51,11 +54,16 @@ class Dissection:
     """
     What one process saw: the input stage in ns a call, one call of the whole chain after an idle
     fifth of a second, and the segments of all exits, earliest first.
+
+    jpeg_ns and png_ns: making a sample of a file's bytes, a picture of the network's own size; None
+    for networks that see no pictures. No timed path includes it; each includes the input stage.
     """
 
     preprocess_ns: float
     after_idle_ns: int
     segments: tuple[SegmentCost, ...]
+    jpeg_ns: float | None = None
+    png_ns: float | None = None
 
     def to_document(self) -> dict[str, Any]:
         """The dissection as a JSON object."""
@@ -75,6 +83,8 @@ class Dissection:
             preprocess_ns=_nanoseconds(table, "preprocess_ns", float),
             after_idle_ns=_nanoseconds(table, "after_idle_ns", int),
             segments=segments,
+            jpeg_ns=_nanoseconds_or_none(table, "jpeg_ns"),
+            png_ns=_nanoseconds_or_none(table, "png_ns"),
         )
 
 
@@ -100,6 +110,11 @@ def _nanoseconds(table: Table, key: str, kind: type[_T]) -> _T:
     if not 0 < value < _MOST_NS:
         raise BadFile(f"{table.where}: {key}: expected nanoseconds, more than 0, found {value}")
     return value
+
+
+def _nanoseconds_or_none(table: Table, key: str) -> float | None:
+    is_null = key in table and table.values[key] is None
+    return None if is_null else _nanoseconds(table, key, float)
 
 
 # ---------------------------------------------------------------- measuring
@@ -130,7 +145,20 @@ def dissect(bundle: Bundle, samples: Sequence[Any], threads: int = 1) -> Dissect
         preprocess_ns=_block_ns(lambda: stage(samples[0])),
         after_idle_ns=after_idle_ns,
         segments=segments,
+        jpeg_ns=_decode_ns(samples[0], bundle.preprocess, "JPEG"),
+        png_ns=_decode_ns(samples[0], bundle.preprocess, "PNG"),
     )
+
+
+def _decode_ns(sample: Any, preprocess: Preprocess, kind: str) -> float | None:
+    """Nanoseconds from the bytes of *sample* as a picture file to the sample; None for arrays."""
+    if preprocess.kind != "image":
+        return None
+    pixels = fit_sample(sample, preprocess)
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+    data = file.getvalue()
+    return _block_ns(lambda: load_image(data, preprocess))
 
 
 def _watch(segment: Segment) -> SegmentCost:

@@ -355,6 +355,12 @@ class Energy:
         """Millijoules a call of *case* beyond what idling in the same time would have taken."""
         return self._median(self._per_call(case, self._power_mw - self._idle_then_mw))
 
+    def replicates(self, case: int, *, net: bool = False) -> Values:
+        """Bootstrap replicates over windows of gross_mj, or of net_mj: float64 (2000,)."""
+        power_mw = self._power_mw - self._idle_then_mw if net else self._power_mw
+        values = self._per_call(case, power_mw)
+        return np.asarray(np.median(values[_draws(len(values))], axis=1))
+
     def power_mw(self, case: int) -> Figure:
         """Mean milliwatts while *case* ran, idling included."""
         return self._median(self._power_mw[self._places(case)])

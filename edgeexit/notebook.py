@@ -24,7 +24,8 @@ from edgeexit.sitting import Sitting
 from edgeexit.state import Reading
 
 # 1: first version.
-FORMAT = 1
+# 2: dissections time decoding a picture.
+FORMAT = 2
 
 
 @dataclass(kw_only=True)

@@ -72,6 +72,10 @@ class Parts:
         """Leaving at *exit* of the *kept* exits; None if the fitted paths do not determine it."""
         return self._model.estimate(_row(self.exits, kept, exit), known=True)
 
+    def replicates(self, kept: Sequence[str], exit: str) -> Values | None:
+        """Bootstrap replicates of price, float64 (1000,), of the processes Profile's are of."""
+        return self._model.replicates(_row(self.exits, kept, exit))
+
     def predict(self, kept: Sequence[str]) -> list[float] | None:
         """Nanoseconds to leave at each of the *kept* exits, None if one is not determined."""
         found = [self.price(kept, name) for name in kept]
@@ -179,9 +183,15 @@ class _Model:
         fitted = design @ self._parts + known @ self._seen
         self.worst_residual = float(np.abs(fitted / measured - 1).max())
 
+    def replicates(self, wanted: Values) -> Values | None:
+        """Replicates of the sum of the *wanted* parts with what was dissected on that path."""
+        if not self._tells(wanted):
+            return None
+        return np.asarray(self._redrawn @ wanted + self._seen_redrawn @ self._known(wanted))
+
     def estimate(self, wanted: Values, *, known: bool) -> Estimate | None:
         """The sum of the *wanted* parts; with *known* also what was dissected on that path."""
-        if not np.allclose(wanted @ self._span, wanted, atol=_CLOSE):
+        if not self._tells(wanted):
             return None
         seen = self._known(wanted) if known else np.zeros(1 + self._exits)
         value = wanted @ self._parts + seen @ self._seen
@@ -190,6 +200,9 @@ class _Model:
     def seen(self, place: int) -> Estimate:
         """A part that was dissected: 0 the input stage, k + 1 the hand-over of exit k."""
         return self._between(float(self._seen[place]), self._seen_redrawn[:, place])
+
+    def _tells(self, wanted: Values) -> bool:
+        return bool(np.allclose(wanted @ self._span, wanted, atol=_CLOSE))
 
     def _known(self, row: Values) -> Values:
         """What a path has of the dissected: the input stage, and hand-overs of its exits."""

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from edgeexit import __version__, intervals
 from edgeexit.blocks import (
     NOT_CONVERGED,
@@ -32,7 +34,10 @@ from edgeexit.state import Reading
 
 # 1: first version: medians of blocks, nothing about the machine but before and after.
 # 2: processes with warm-up, single calls, yardstick, CPU time, readings; mode, energy, verdict.
-FORMAT = 2
+# 3: dissections time decoding a picture.
+FORMAT = 3
+
+_LACKS = {1: "says nothing about the machine", 2: "does not tell what decoding a picture takes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +133,14 @@ class Profile:
         low, high = self._interval(self._replicates[self.cases.index(case)])
         return Estimate(value=self.value_ns(case), low=low, high=high)
 
+    def replicates(self, case: Case) -> Values:
+        """
+        Bootstrap replicates of value_ns, float64 (1000,); those of two cases go together.
+
+        Which processes each replicate draws is what `default_rng(seed).integers` says first.
+        """
+        return np.asarray(self._replicates[self.cases.index(case)])
+
     def share(self, case: Case, of: Case) -> Estimate:
         """The cost of *case* as a share of that of *of*, paired process by process."""
         ours, theirs = (self._replicates[self.cases.index(which)] for which in (case, of))
@@ -196,9 +209,10 @@ class Profile:
     @classmethod
     def from_document(cls, table: Table) -> "Profile":
         """Read what to_document wrote. BadFile names the key that is wrong."""
-        if table.values.get("format") == 1:
+        found = table.get("format", int)
+        if found in _LACKS:
             raise BadFile(
-                f"{table.where}: format: 1 says nothing about the machine, expected {FORMAT}",
+                f"{table.where}: format: {found} {_LACKS[found]}, expected {FORMAT}",
                 hint="measure again with: edgeexit profile",
             )
         table.expect_format(FORMAT)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +13,7 @@ from edgeexit import dissect as room
 from edgeexit.dissect import Dissection, SegmentCost, dissect
 from edgeexit.errors import BadFile, DeviceError
 from edgeexit.files import Table, json_bytes, parse_json
+from edgeexit.preprocess import Preprocess
 
 COSTS = st.builds(
     SegmentCost,
@@ -26,6 +28,8 @@ DISSECTIONS = st.builds(
     preprocess_ns=st.floats(0.1, 1e9),
     after_idle_ns=st.integers(1, 10**12),
     segments=st.lists(COSTS, unique_by=lambda cost: cost.exit).map(tuple),
+    jpeg_ns=st.none() | st.floats(0.1, 1e9),
+    png_ns=st.none() | st.floats(0.1, 1e9),
 )
 
 
@@ -48,6 +52,35 @@ def test_every_segment_of_the_chain_is_seen_in_its_order(seen: Dissection) -> No
         assert cost.load_ns > cost.handover_ns
     assert seen.preprocess_ns > 0
     assert seen.after_idle_ns > seen.preprocess_ns
+
+
+def test_decoding_a_picture_is_timed_and_sensor_values_have_none(
+    seen: Dissection, tmp_path: Path
+) -> None:
+    size = Preprocess(kind="image", size=(32, 24))
+    picture = np.random.default_rng(0).integers(0, 256, size.sample_shape, np.uint8)
+    values = Preprocess(kind="array", layout="as-is")
+    decoding = [room._decode_ns(picture, size, kind) for kind in ("JPEG", "PNG")]
+
+    assert all(ns is not None and ns > 1000 for ns in decoding)
+    assert room._decode_ns(np.zeros(5, np.float32), values, "JPEG") is None
+    assert (seen.jpeg_ns is None) == (small_bundle(tmp_path).preprocess.kind == "array")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5)])
+@pytest.mark.parametrize("color", ["gray", "rgb", "bgr"])
+def test_pictures_of_any_colour_can_be_timed(size: tuple[int, int], color: str) -> None:
+    spec = Preprocess(kind="image", size=size, color=color)
+
+    assert room._decode_ns(np.zeros(spec.sample_shape, np.uint8), spec, "JPEG")
+
+
+def test_a_dissection_that_does_not_speak_of_decoding_is_refused() -> None:
+    made = document()
+    del made["png_ns"]
+
+    with pytest.raises(BadFile, match=r"^p: png_ns: missing"):
+        Dissection.from_document(Table(made, "p"))
 
 
 def test_what_was_seen_survives_its_own_reading(seen: Dissection) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edgeexit.blocks import Block
 from edgeexit.errors import BadFile, Busy, EdgeExitError, StorageError, UsageError
 from edgeexit.locks import hold
-from edgeexit.notebook import Notebook
+from edgeexit.notebook import FORMAT, Notebook
 from edgeexit.sitting import Sitting
 from edgeexit.state import Reading
 
@@ -240,7 +240,7 @@ def test_junk_never_ends_in_another_error(
     tmp_path_factory: pytest.TempPathFactory, data: bytes
 ) -> None:
     path = tmp_path_factory.mktemp("junk") / "p.part"
-    head = json.dumps({"notebook": 1, "plan": PLAN}).encode() + b"\n"
+    head = json.dumps({"notebook": FORMAT, "plan": PLAN}).encode() + b"\n"
     for content in (data, head + data + b"\n"):
         path.write_bytes(content)
         try:

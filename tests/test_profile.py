@@ -102,7 +102,8 @@ def test_a_profile_survives_its_file(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda d: d.update(format=1), "format: 1 says nothing about the machine"),
-        (lambda d: d.update(format=3), "format: found 3"),
+        (lambda d: d.update(format=2), "format: 2 does not tell what decoding a picture takes"),
+        (lambda d: d.update(format=4), "format: found 4"),
         (lambda d: d.update(format="2"), "format"),
         (lambda d: d.update(extra=1), "extra: unknown key"),
         (lambda d: d.pop("verdict"), "verdict: missing"),
