@@ -41,7 +41,8 @@ from edgeexit.preprocess import InputStage, Preprocess
 from edgeexit.tflite import TensorSpec
 
 # 1: first version.
-FORMAT = 1
+# 2: parent. Version 1 is read as a bundle without one.
+FORMAT = 2
 
 MANIFEST = "bundle.json"
 MODEL = "model.tflite"
@@ -53,6 +54,7 @@ POLICIES = "policies"
 _KEYS = (
     *("format", "name", "made_by", "scheme", "exits", "class_names", "preprocess", "input"),
     *("logits", "model", "segments", "files", "calibration_set", "provenance"),
+    "parent",
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,120}")
 # Control characters, lone surrogates, line and paragraph ends (Unicode's general categories).
@@ -309,8 +311,8 @@ def load_bundle(path: Path | str, verify: bool = True) -> Bundle:
 
 
 def _from_document(table: Table, path: Path, digest: str) -> Bundle:
-    table.expect_format(FORMAT)
-    table.only(*_KEYS)
+    number = table.expect_format(1, FORMAT)
+    table.only(*(_KEYS[:-1] if number == 1 else _KEYS))
     is_set = table.values.get("calibration_set") is not None
     bundle = Bundle(
         path=path,
@@ -331,6 +333,7 @@ def _from_document(table: Table, path: Path, digest: str) -> Bundle:
         },
         calibration_set=_set(table.table("calibration_set")) if is_set else None,
         provenance=table.table("provenance").values,
+        parent=None if number == 1 else _parent(table),
     )
     _check(bundle, table.where)
     return bundle
@@ -363,6 +366,14 @@ def _set(table: Table) -> dict[str, str]:
     return {"name": table.get("name", str), "digest": table.get("digest", str)}
 
 
+def _parent(manifest: Table) -> Parent | None:
+    if "parent" in manifest and manifest.values["parent"] is None:
+        return None
+    table = manifest.table("parent")
+    table.only("digest", "exits")
+    return Parent(digest=table.get("digest", str), exits=tuple(table.list_of("exits", str)))
+
+
 def _safe(name: str, where: str) -> str:
     if not _SAFE_NAME.fullmatch(name) or name == MANIFEST:
         raise BadFile(f"{where}: {name[:60]!r} is not a plain file name")
@@ -388,6 +399,11 @@ def _check(bundle: Bundle, where: str) -> None:
         exits
     ):
         raise BadFile(f"{where}: segments and logits: expected one per exit, in their order")
+    if bundle.parent is not None and (
+        not set(exits) < set(bundle.parent.exits)
+        or not re.fullmatch("[0-9a-f]{64}", bundle.parent.digest)
+    ):
+        raise BadFile(f"{where}: parent: expected a digest, and exits that include {list(exits)}")
     names = [*bundle.files, *(segment.file for segment in bundle.segments)]
     if len(set(names)) != len(names):
         raise BadFile(f"{where}: segments: a file is named twice")
@@ -435,19 +451,22 @@ def write_bundle(
     exits: Mapping[str, str],
     class_names: Sequence[str],
     preprocess: Preprocess,
-    selftest: NDArray[Any],
+    selftest: NDArray[Any] | SelfTest,
     scheme: str,
     provenance: Mapping[str, Any],
     calibration_set: Mapping[str, str] | None = None,
     ranges_digests: NDArray[np.uint8] | None = None,
     training_bloom: bytes | None = None,
+    parent: Parent | None = None,
+    policies: Mapping[str, bytes] | None = None,
 ) -> Bundle:
     """
     Cut *model_data* and write the bundle folder *path*: complete or not at all.
 
     *exits* maps exit names to logits tensors; *selftest* are raw samples (N, ...), N >= 1,
-    whose inputs and logits are computed here with the uncut model. A bundle that stands there
-    is replaced; its policies are kept only if the new one has the same digest. UsageError if
+    whose inputs and logits are computed here with the uncut model, or comes with its answers. A
+    bundle that stands there is replaced; its policies are kept only if the new one has the same
+    digest. *policies* maps devices to policy files that come with the new one. UsageError if
     something else stands there, Unsupported if the model cannot be served, StorageError.
     """
     path = Path(path)
@@ -460,7 +479,11 @@ def write_bundle(
     logits = [plan.outputs[0] for plan in plans]
     contents = {
         MODEL: model_data,
-        SELFTEST: npz_bytes(_answers(model_data, inputs[0], logits, preprocess, selftest)),
+        SELFTEST: npz_bytes(
+            {name: getattr(selftest, name) for name in ("samples", "inputs", "logits")}
+            if isinstance(selftest, SelfTest)
+            else _answers(model_data, inputs[0], logits, preprocess, selftest)
+        ),
     }
     if ranges_digests is not None:
         contents[RANGES] = npz_bytes({"digests": np.asarray(ranges_digests, np.uint8)})
@@ -490,6 +513,9 @@ def write_bundle(
         "files": {file: _entry_of(data) for file, data in contents.items()},
         "calibration_set": dict(calibration_set) if calibration_set is not None else None,
         "provenance": dict(provenance),
+        "parent": None
+        if parent is None
+        else {"digest": parent.digest, "exits": list(parent.exits)},
     }
     contents |= {f"segment-{k}.tflite": plan.data for k, plan in enumerate(plans)}
     contents[MANIFEST] = json_bytes(document)
@@ -497,6 +523,9 @@ def write_bundle(
     with new_folder(path, keep=_keep_policies) as folder, storage(path):
         for file, data in contents.items():
             (folder / file).write_bytes(data)
+        for device, data in (policies or {}).items():
+            (folder / POLICIES).mkdir(exist_ok=True)
+            (folder / POLICIES / f"{device}.json").write_bytes(data)
     return load_bundle(path)
 
 
@@ -515,8 +544,12 @@ def _keep_policies(old: Path, new: Path) -> None:
     same = (old / MANIFEST).is_file() and (
         read_bytes(old / MANIFEST) == (new / MANIFEST).read_bytes()
     )
-    if same and (old / POLICIES).is_dir():
-        shutil.copytree(old / POLICIES, new / POLICIES)
+    if not same or not (old / POLICIES).is_dir():
+        return
+    (new / POLICIES).mkdir(exist_ok=True)
+    for path in sorted((old / POLICIES).iterdir()):
+        if path.is_file() and not (new / POLICIES / path.name).exists():
+            shutil.copy2(path, new / POLICIES / path.name)
 
 
 def _answers(
