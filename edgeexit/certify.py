@@ -26,8 +26,8 @@ from edgeexit.decision import Floats, Tally
 
 EXACT, BETTING = "exact", "betting"
 
-# From so many samples on the betting test is the sharper one where flips go both ways.
-_MANY = 2000
+# From so many samples on the betting test is the sharper one on most populations tried.
+_MANY = 3000
 # What the gambler who looked at the tuning samples owns of the stake; the others share the rest.
 _SHARE = 0.8
 # Constant bets of the others. None depends on the level, so that a tighter one never passes more.
