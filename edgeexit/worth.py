@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgeexit import bounds, intervals
 from edgeexit.blocks import Kept
 from edgeexit.energy import IDLE, Figure
-from edgeexit.errors import UsageError
+from edgeexit.errors import UsageError, printable
 from edgeexit.prices import FITTED, MEASURED, Prices
 from edgeexit.profile import Estimate, Profile
 
@@ -34,6 +34,7 @@ BOUND = "bound"
 MS, MJ = "ms", "mj"
 # Of no profile: theirs end at 2**32, and draws of one seed go together.
 _SEED = 1 << 40
+_NAME_WIDTH = 20
 _ORIGINS = (MEASURED, FITTED, BOUND)
 
 
@@ -89,8 +90,8 @@ class Row:
         return {
             POLICY: "this policy",
             FULL: "uncut, without exits",
-            STATIC: f"{self.name} alone",
-            RIVAL: f"rival {self.name}",
+            STATIC: f"{_short(self.name)} alone",
+            RIVAL: f"rival {_short(self.name)}",
         }[self.kind]
 
     def to_document(self) -> dict[str, Any]:
@@ -138,16 +139,16 @@ class Worth:
         }
 
     def table_rows(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and cells of the network alone; ratios say how often the policy is better."""
+        """Heads and cells of the network alone, ± half of each interval; ratios as in Row."""
         heads = ["", "accuracy", "ms", "to policy"]
         if self.energy_label is not None:
             heads += [f"mJ ({self.energy_label})", "to policy"]
         cells = []
         for row in self.rows:
-            line = [row.title, _percent(row.accuracy), _ranged(row.ms), _times(row.speed_up)]
+            line = [row.title, _percent(row.accuracy), _ranged(row.ms), _ratio(row, row.speed_up)]
             if self.energy_label is not None:
                 line += ["-" if row.mj is None else _ranged(row.mj)]
-                line += ["-" if row.less_energy is None else _times(row.less_energy)]
+                line += [_ratio(row, row.less_energy)]
             cells.append(line)
         return heads, cells
 
@@ -164,13 +165,12 @@ class Worth:
         for row in self.rows:
             line = [row.title]
             line += ["-" if row.end_ms is None else _ranged(row.end_ms)]
-            line += ["-" if row.end_speed_up is None else _times(row.end_speed_up)]
+            line += [_ratio(row, row.end_speed_up)]
             if self.rate_hz is not None:
                 line.append("-" if row.busy is None else f"{row.busy.value:.1%}")
                 if self.energy_label is not None:
                     line += ["-" if row.frame_mj is None else _ranged(row.frame_mj)]
-                    less = row.frame_less_energy
-                    line += ["-" if less is None else _times(less)]
+                    line += [_ratio(row, row.frame_less_energy)]
             cells.append(line)
         return heads, cells
 
@@ -544,7 +544,6 @@ def _price(cost: _Cost, by: str) -> float:
 
 def _verdict(rows: Sequence[Row], kept: int, by: str) -> tuple[bool, str, str]:
     """Whether early exit pays, what to ship, and why in one sentence."""
-    mine = rows[0]
     against = [row for row in rows[1:] if row.within_budget]
 
     def gain(row: Row) -> Estimate:
@@ -552,12 +551,12 @@ def _verdict(rows: Sequence[Row], kept: int, by: str) -> tuple[bool, str, str]:
         assert found is not None
         return found
 
-    what = "faster" if by == MS else "less energy"
+    gained = "speed-up" if by == MS else "saving in joules"
     closest = min(against, key=lambda row: gain(row).low)
     best = min(against, key=lambda row: gain(row).value)
     if kept > 1 and gain(closest).low > WORTH_IT:
-        parts = [f"{_times(gain(row))} {what} than {_named(row)}" for row in against]
-        return True, POLICY, f"early exit pays here: {', '.join(parts)}"
+        parts = [f"{_times(gain(row))} over {_named(row)}" for row in against]
+        return True, POLICY, f"early exit pays here: {gained} {', '.join(parts)}"
     found = gain(best)
     ship = RIVAL if best.kind == RIVAL else STATIC
     advice = f"ship {_named(best)}" + (" as a static network" if best.kind == STATIC else "")
@@ -568,22 +567,19 @@ def _verdict(rows: Sequence[Row], kept: int, by: str) -> tuple[bool, str, str]:
             False,
             ship,
             f"early exit does not surely pay here: {advice}, or measure with more processes "
-            f"({_at(mine, gain(closest), what)} than {_named(closest)}, {WORTH_IT:g}x is needed)",
+            f"({gained} over {_named(closest)} {_times(gain(closest))}, more than {WORTH_IT:g}x is "
+            "needed)",
         )
     else:
-        why = f"{_at(mine, found, what)}, more than {WORTH_IT:g}x is needed"
+        why = f"{gained} over it {_times(found)}, more than {WORTH_IT:g}x is needed"
     return False, ship, f"early exit does not pay here: {advice} ({why})"
-
-
-def _at(policy: Row, gain: Estimate, what: str) -> str:
-    return f"{policy.title} is {_times(gain)} {what}"
 
 
 def _named(row: Row) -> str:
     return {
         FULL: "the network without exits",
-        STATIC: f"exit {row.name}",
-        RIVAL: f"the rival {row.name}",
+        STATIC: f"exit {_short(row.name)!r}",
+        RIVAL: f"the rival {_short(row.name)}",
     }[row.kind]
 
 
@@ -634,9 +630,18 @@ def _digits(value: float) -> str:
 
 
 def _ranged(found: Estimate | Figure) -> str:
-    if not np.isfinite([found.low, found.high]).all():
-        return _digits(found.value)
-    return f"{_digits(found.value)} ({_digits(found.low)}..{_digits(found.high)})"
+    return f"{_digits(found.value)}{_half(found)}"
+
+
+def _ratio(row: Row, found: Estimate | None) -> str:
+    if row.kind == POLICY:
+        return ""
+    return "-" if found is None else f"{found.value:.2f}x{_half(found)}"
+
+
+def _half(found: Estimate | Figure) -> str:
+    """Half of the interval as a share; nothing if it is endless."""
+    return f" ±{found.half_width:.1%}" if np.isfinite(found.half_width) else ""
 
 
 def _times(found: Estimate) -> str:
@@ -646,4 +651,9 @@ def _times(found: Estimate) -> str:
 
 
 def _percent(found: Estimate) -> str:
-    return f"{found.value:.2%} ({found.low:.1%}..{found.high:.1%})"
+    return f"{found.value:.2%} ±{(found.high - found.low) * 50:.1f} pp"
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _NAME_WIDTH else f"{name[: _NAME_WIDTH - 3]}..."

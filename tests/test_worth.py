@@ -11,6 +11,7 @@ from small import EXITS, made_energy, made_profile
 
 from edgeexit.errors import UsageError
 from edgeexit.profile import Profile
+from edgeexit.report import text_table
 from edgeexit.worth import WORTH_IT, Rival, Worth, judge_worth
 
 MOSTLY_EARLY = np.array([0.6, 0.2, 0.2])
@@ -126,8 +127,8 @@ def test_it_pays_where_most_samples_leave_early() -> None:
     worth = judged(made_profile())
 
     assert (worth.pays, worth.ship) == (True, "policy")
-    assert worth.sentence.startswith("early exit pays here: 1.8")
-    assert worth.sentence.endswith("faster than the network without exits")
+    assert worth.sentence.startswith("early exit pays here: speed-up 1.8")
+    assert worth.sentence.endswith("over the network without exits")
 
 
 def test_it_does_not_pay_where_an_exit_alone_is_as_cheap() -> None:
@@ -135,7 +136,7 @@ def test_it_does_not_pay_where_an_exit_alone_is_as_cheap() -> None:
 
     assert (worth.pays, worth.ship, worth.static_exit) == (False, "static", "exit0")
     assert worth.sentence.startswith(
-        "early exit does not pay here: ship exit exit0 as a static network"
+        "early exit does not pay here: ship exit 'exit0' as a static network"
     )
 
 
@@ -285,7 +286,7 @@ def test_joules_decide_where_they_are_asked_for() -> None:
 
     assert worth.by == "mj"
     assert worth.pays
-    assert "less energy than exit exit1" in worth.sentence
+    assert "saving in joules" in worth.sentence
     assert worth.energy_label == "external"
 
 
@@ -360,4 +361,14 @@ def test_tables_have_a_cell_under_each_head() -> None:
             "rival small",
         ]
         assert {len(row) for row in cells} == {len(heads)}
+        assert all(len(line) <= 100 for line in text_table(heads, cells).splitlines())
     assert "mJ (external)" in worth.table_rows()[0]
+
+
+def test_names_of_others_can_neither_break_a_line_nor_widen_a_table() -> None:
+    other = replace(rival(50e3), name="\x1b[2J\n" + "x" * 300)
+    worth = judged(made_profile(), rival=other)
+
+    assert worth.sentence.isprintable()
+    assert len(worth.rows[-1].title) <= 26
+    assert worth.rows[-1].title.isprintable()
