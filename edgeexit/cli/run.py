@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from edgeexit.bundle import Bundle
     from edgeexit.runtime import Prediction, Runner
+    from edgeexit.slide import Slider
 
 
 @click.command("run", short_help="classify, stopping at the first exit that is sure enough")
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 )
 @click.option("--annotate", type=click.Path(path_type=Path), help="folder for labelled pictures")
 @click.option("--all-exits", is_flag=True, help="stop nowhere, give the logits of every exit")
+@click.option(
+    "--slide",
+    metavar="BY",
+    help="move along the certified policies: battery[=20..80], temperature[=60..80], latency=8ms",
+)
 @click.option("--json", "as_json", is_flag=True, help="one JSON object a line")
 def command(
     inputs: tuple[str, ...],
@@ -44,6 +50,7 @@ def command(
     log: Path | None,
     annotate: Path | None,
     all_exits: bool,
+    slide: str | None,
     as_json: bool,
 ) -> None:
     """
@@ -53,10 +60,15 @@ def command(
     edgeexit run image.png another.png    # the only bundle here
     edgeexit run fashion.edgeexit photos/
     edgeexit run                          # no input: the bundle's self-test
+    edgeexit run photos/ --slide latency=8ms
 
     A bad input is reported and the others go on; the exit code is then the first one's (3 for
     a bad file). A summary goes to stderr at the end and on SIGUSR1. A frame is a 4-byte
     little-endian length and an encoded picture or .npy file.
+
+    --slide looks at the board between inputs and takes a stricter or looser policy of those that
+    tune certified together: low battery (percent), heat (degrees Celsius) or slow answers (mean
+    latency) make it leave earlier, never beyond what was certified.
     """
     from edgeexit.bundle import load_bundle
     from edgeexit.names import only_bundle_here
@@ -65,6 +77,13 @@ def command(
     if bundle is None and names and names[0].rstrip("/").endswith(".edgeexit"):
         bundle = Path(names.pop(0))
     loaded = load_bundle(only_bundle_here() if bundle is None else bundle)
+    wanted = None
+    if slide is not None:
+        from edgeexit.slide import parse_slide
+
+        wanted = parse_slide(slide)
+        if all_exits or policy == "none" or not names:
+            raise UsageError("--slide moves a policy: give inputs, no --all-exits or --policy none")
     if not names:
         _selftest(loaded, threads, as_json)
         return
@@ -78,11 +97,17 @@ def command(
         from edgeexit.device import find_device
 
         device = find_device(device).name
-    with Runner(loaded, chosen, threads, preload or "-" in names, device=device) as runner:
+    at_once = preload or "-" in names or wanted is not None
+    with Runner(loaded, chosen, threads, at_once, device=device) as runner:
         if runner.notice:
             click.echo(f"Note: {runner.notice}", err=True)
         options = _Options(loaded, top, min_confidence, annotate, all_exits, as_json)
-        code = _classify(runner, names, options, log)
+        slider = None
+        if wanted is not None:
+            from edgeexit.slide import Slider
+
+            slider = Slider(runner, wanted)
+        code = _classify(runner, names, options, log, slider)
     if code:
         raise click.exceptions.Exit(code)
 
@@ -134,7 +159,13 @@ class _Options:
         }
 
 
-def _classify(runner: "Runner", names: list[str], options: _Options, log: Path | None) -> int:
+def _classify(
+    runner: "Runner",
+    names: list[str],
+    options: _Options,
+    log: Path | None,
+    slider: "Slider | None",
+) -> int:
     """Answer all inputs; the exit code of the first that failed, or 0."""
     import io
     import os
@@ -160,6 +191,8 @@ def _classify(runner: "Runner", names: list[str], options: _Options, log: Path |
             try:
                 if isinstance(sample, EdgeExitError):
                     raise sample
+                if slider is not None:
+                    slider.move()
                 prediction = runner(sample)
             except EdgeExitError as error:
                 place = "" if name in str(error) else f"{name}: "
@@ -169,6 +202,9 @@ def _classify(runner: "Runner", names: list[str], options: _Options, log: Path |
                 continue
             summary.add(prediction)
             answer = options.answer(name, prediction)
+            if slider is not None:
+                answer["position"] = slider.position
+                slider.note(prediction.latency_ns)
             if journal is not None:
                 journal.write(answer)
             if options.all_exits:

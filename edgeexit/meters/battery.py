@@ -54,10 +54,10 @@ class Battery(Polled):
 def open_meter(spec: Spec, machine: Machine, device: Device) -> Battery:
     """The battery that *spec* means: `battery`, or `battery:BAT1` if there are several."""
     spec.only("rate", address=True)
-    found = _batteries(machine)
+    found = batteries(machine)
     if spec.address is not None:
         found = [place for place in found if place.rpartition("/")[2] == spec.address]
-    names = ", ".join(place.rpartition("/")[2] for place in _batteries(machine)) or "none"
+    names = ", ".join(place.rpartition("/")[2] for place in batteries(machine)) or "none"
     if not found:
         raise DeviceError(
             f"meter {spec}: no such battery in {machine.path(_FOLDER)} (have: {names})"
@@ -88,13 +88,14 @@ def open_meter(spec: Spec, machine: Machine, device: Device) -> Battery:
 def find(machine: Machine, device: Device) -> list[Found]:
     """The batteries that feed this machine."""
     found = []
-    for place in _batteries(machine):
+    for place in batteries(machine):
         name = place.rpartition("/")[2]
         found.append(tried(f"{_KIND}:{name}", f"the gauge of {name}", machine, device))
     return found
 
 
-def _batteries(machine: Machine) -> list[str]:
+def batteries(machine: Machine) -> list[str]:
+    """The folders of the batteries that feed *machine*, not of those in its mice and pens."""
     places = [name.removesuffix("/type") for name in machine.glob(f"{_FOLDER}/*/type")]
     return [
         place
