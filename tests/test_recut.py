@@ -12,6 +12,7 @@ from test_runtime import SAMPLES, make_bundle
 
 from edgeexit import recut as recut_room
 from edgeexit.bundle import Bundle, load_bundle
+from edgeexit.cli import entry
 from edgeexit.errors import BadFile, ParityError, UsageError
 from edgeexit.policy import DROPPED, Policy
 from edgeexit.recut import recut
@@ -77,6 +78,19 @@ def test_a_policy_of_the_parent_decides_alike_in_the_child(tmp_path: Path) -> No
     other = recut(parent, ("exit0", "exit2"), tmp_path / "other.edgeexit")
     with pytest.raises(BadFile, match="made for bundle"):
         Runner(other, policy)
+
+
+def test_inspect_names_the_parent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parent = make_bundle(tmp_path)
+    policy_of(parent, ("exit1",)).save(parent.policy_path("host"))
+    child = recut(parent, ("exit1", "exit2"), tmp_path / "child.edgeexit")
+
+    assert entry(["inspect", str(child.path)]) == 0
+    shown = capsys.readouterr().out
+    assert f"cut out of  {parent.digest}, which has exit0, exit1, exit2" in shown
+    assert "of another bundle" not in shown
+    assert entry(["inspect", str(child.path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parent"]["digest"] == parent.digest
 
 
 def test_equal_cuts_give_equal_bytes_and_keep_policies_made_for_the_child(

@@ -53,6 +53,9 @@ def _document(bundle: "Bundle") -> dict[str, Any]:
         "digest": bundle.digest,
         "made_by": bundle.made_by,
         "scheme": bundle.scheme,
+        "parent": None
+        if bundle.parent is None
+        else {"digest": bundle.parent.digest, "exits": list(bundle.parent.exits)},
         "exits": list(bundle.exits),
         "class_names": list(bundle.class_names),
         "preprocess": bundle.preprocess.to_document(),
@@ -82,6 +85,12 @@ def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
     ]
     chosen = bundle.calibration_set
     lines.append(f"calibration set  {chosen['name'] if chosen else 'none'}")
+    served = {bundle.digest}
+    if bundle.parent is not None:
+        lines.append(
+            f"cut out of  {bundle.parent.digest}, which has {', '.join(bundle.parent.exits)}"
+        )
+        served.add(bundle.parent.digest)
     rows = [("exit", "bytes", "ops", "hands over")]
     for segment, entry in zip(bundle.segments, document["segments"], strict=True):
         handed = ", ".join(map(_shape, segment.outputs[1:])) or "-"
@@ -94,7 +103,7 @@ def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
     ]
     lines.append("")
     for device, policy in document["policies"].items():
-        state = "" if policy.get("bundle") == bundle.digest else "  (of another bundle)"
+        state = "" if policy.get("bundle") in served else "  (of another bundle)"
         lines.append(
             f"policy {device}: {policy.get('measure')}, keeps {policy.get('kept')}, "
             f"thresholds {policy.get('thresholds')}{state}"
