@@ -81,6 +81,18 @@ def digest_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of the bytes of the file *path* in hexadecimal; errors as open_file."""
+    found = hashlib.sha256()
+    with open_file(path) as file:
+        try:
+            while part := file.read(1 << 20):
+                found.update(part)
+            return found.hexdigest()
+        except OSError as error:
+            raise StorageError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
 class Table:
     """
     A parsed TOML or JSON object that remembers where it came from.

@@ -17,6 +17,8 @@ from edgeexit.errors import BadFile, EdgeExitError, StorageError, UsageError
 from edgeexit.files import (
     Table,
     check_output,
+    digest_of,
+    file_digest,
     json_bytes,
     new_folder,
     npz_bytes,
@@ -221,3 +223,15 @@ def test_json_is_canonical_and_never_holds_nan() -> None:
     assert json_bytes({"b": 1, "a": "ä"}) == '{\n "b": 1,\n "a": "ä"\n}\n'.encode()
     with pytest.raises(ValueError, match="not JSON compliant"):
         json_bytes({"a": float("nan")})
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) + 1])
+def test_a_files_digest_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * size)
+
+    assert file_digest(path) == digest_of(b"x" * size)
+    with pytest.raises(UsageError, match="no such file"):
+        file_digest(tmp_path / "none")
+    with pytest.raises(UsageError, match="is a folder"):
+        file_digest(tmp_path)
