@@ -554,7 +554,7 @@ def _verdict(rows: Sequence[Row], kept: int, by: str) -> tuple[bool, str, str]:
     gained = "speed-up" if by == MS else "saving in joules"
     closest = min(against, key=lambda row: gain(row).low)
     best = min(against, key=lambda row: gain(row).value)
-    if kept > 1 and gain(closest).low > WORTH_IT:
+    if gain(closest).low > WORTH_IT:
         parts = [f"{_times(gain(row))} over {_named(row)}" for row in against]
         return True, POLICY, f"early exit pays here: {gained} {', '.join(parts)}"
     found = gain(best)

@@ -206,6 +206,16 @@ def test_a_network_outside_the_budget_is_shown_but_decides_nothing() -> None:
     assert "outside the budget, for comparison only: rival small" in worth.notes
 
 
+def test_a_network_of_ones_own_was_measured_apart_and_shares_no_luck() -> None:
+    noisy = made_profile(processes=10, drift=0.1)
+    # The same figures once more: as the same processes they would cancel out.
+    twin = Rival(name="twin", profile=noisy, accuracy=GOOD, within_budget=True)
+    worth = judged(noisy, ALL_LATE, kept=EXITS[-1:], rival=twin)
+
+    assert worth.rows[1].speed_up.half_width == pytest.approx(0, abs=1e-9)
+    assert worth.rows[2].speed_up.half_width > 0.02
+
+
 @pytest.mark.parametrize("what", [{"device": "rpi4"}])
 def test_a_network_measured_elsewhere_is_refused(what: dict) -> None:
     with pytest.raises(UsageError, match=r"rival small: device rpi4, expected host"):
@@ -225,6 +235,22 @@ def test_decoding_is_added_to_everyone_and_makes_the_gain_smaller() -> None:
     assert full.end_speed_up is not None
     assert full.end_speed_up.value == pytest.approx(full.end_ms.value / policy.end_ms.value)
     assert 1 < full.end_speed_up.value < full.speed_up.value
+
+
+def test_what_processes_differ_by_in_decoding_is_in_the_interval() -> None:
+    profile = decoding(made_profile(processes=10, handover=500.0), 100e3)
+    processes = []
+    for k, process in enumerate(profile.processes):
+        assert process.dissection is not None
+        seen = replace(process.dissection, jpeg_ns=50e3 + 10e3 * k)
+        processes.append(replace(process, dissection=seen))
+    restless = judged(replace(profile, processes=tuple(processes))).rows[1].end_ms
+    quiet = judged(profile).rows[1].end_ms
+
+    assert quiet is not None
+    assert restless is not None
+    assert restless.value == pytest.approx(0.305 + 0.095)
+    assert restless.half_width > 0.02 > quiet.half_width
 
 
 def test_sensor_values_need_no_decoding() -> None:
