@@ -25,7 +25,7 @@ from edgeexit.advisor import Advice
 from edgeexit.decision import Costs, Family, Record
 from edgeexit.errors import UsageError, printable
 from edgeexit.files import check_output, write_file
-from edgeexit.ranking import Ranking, rankings
+from edgeexit.ranking import PROBABILITY, Ranking, rankings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,7 @@ BLACK, GREY, BLUE, ORANGE, GREEN, RED = (
 _LOOKS = (
     *((BLUE, "o"), (RED, "s"), (GREEN, "^"), ("#CC79A7", "D"), (ORANGE, "v"), ("#56B4E9", "P")),
 )
+COIN = 0.5  # the AUROC of a confidence that tells nothing
 _MOST_NAMED = 12  # more exits than this are numbered
 _PANEL_INCHES = (4.6, 3.7)
 _STYLE: dict[str, Any] = {
@@ -78,8 +79,9 @@ class Chart:
 
     accuracy float64 (S,) of the policies from strict to loose, of which first..certified keep the
     promise (a drop of at most *level*, None: no such promise) and *position* is deployed;
-    exit_rates float64 (E,) are that one's. floor is the reference's accuracy. int8 are the
-    rankings of the deployed exits, real those of the float network's (None: unknown).
+    exit_rates float64 (E,) are that one's. static_accuracy float64 (E,) is each exit's own,
+    reference that which the drop is counted from. int8 are the rankings of the deployed exits'
+    *measure*, real those of the float network's (None: unknown).
     """
 
     title: str
@@ -94,6 +96,7 @@ class Chart:
     exit_rates: Floats
     reference: float
     level: float | None
+    measure: str
     int8: tuple[Ranking, ...]
     real: tuple[Ranking, ...] | None = None
     advice: Advice | None = None
@@ -130,6 +133,7 @@ def chart(
     certified: int,
     position: int,
     level: float | None,
+    measure: str = PROBABILITY,
     title: str = "",
     real: tuple[Ranking, ...] | None = None,
     advice: Advice | None = None,
@@ -139,7 +143,8 @@ def chart(
 
     *family* may go on behind the row *certified*: what was not certified is shown as such. *ms*
     and *mj* are costs in these units, at least one of them; *energy* says how the energy is known.
-    *real* are the rankings of the float network's exits (ranking.rankings), by name.
+    *measure* names the record's confidence; *real* are the rankings of the float network's exits
+    (ranking.rankings), matched by name.
     """
     names = tuple(map(printable, exits))
     if not 0 <= first <= position <= certified < len(family):
@@ -176,7 +181,8 @@ def chart(
         exit_rates=np.asarray(tally.rates[position]),
         reference=reference,
         level=level,
-        int8=rankings(record.confidence, record.correct, exits),
+        measure=measure,
+        int8=rankings(record.confidence, record.correct, exits, measure=measure),
         real=real,
         advice=advice,
     )
@@ -224,6 +230,13 @@ def draw(shown: Chart, path: Path | str) -> None:
 def _front(axes: "Axes", shown: Chart, front: Front) -> None:
     rows = np.arange(len(shown.accuracy))
     inside = (rows >= shown.first) & (rows <= shown.certified)
+    # What loses very much more than is allowed would leave no room for what is in question.
+    least = -1.0 if shown.level is None else shown.reference - max(10 * shown.level, 0.05)
+    visible = inside | (shown.accuracy >= least)
+    outside, statics = (
+        visible & ~inside,
+        np.flatnonzero((shown.static_accuracy >= least) & np.isfinite(front.statics)),
+    )
     percent = 100 * shown.accuracy
     kept = front.costs[inside]
     axes.axvspan(kept.min(), kept.max(), color=BLUE, alpha=0.10, lw=0, label="certified region")
@@ -233,10 +246,10 @@ def _front(axes: "Axes", shown: Chart, front: Front) -> None:
             floor, color=GREY, ls="--", lw=1, label=f"reference less {100 * shown.level:g} points"
         )
     look: dict[str, Any] = {"ls": "", "ms": 4}
-    axes.plot(front.costs, percent, color=GREY, lw=0.8, zorder=1)
-    if not inside.all():
+    axes.plot(front.costs[visible], percent[visible], color=GREY, lw=0.8, zorder=1)
+    if outside.any():
         axes.plot(
-            *(front.costs[~inside], percent[~inside]),
+            *(front.costs[outside], percent[outside]),
             **look,
             marker="o",
             mfc="white",
@@ -245,7 +258,7 @@ def _front(axes: "Axes", shown: Chart, front: Front) -> None:
         )
     axes.plot(kept, percent[inside], **look, marker="o", color=BLUE, label="certified")
     axes.plot(
-        *(front.statics, 100 * shown.static_accuracy),
+        *(front.statics[statics], 100 * shown.static_accuracy[statics]),
         ls="",
         marker="^",
         ms=7,
@@ -253,9 +266,9 @@ def _front(axes: "Axes", shown: Chart, front: Front) -> None:
         mec=BLACK,
         label="one exit, static",
     )
-    for k, name in enumerate(_names(shown)):
+    for k in statics:
         axes.annotate(
-            name,
+            _names(shown)[k],
             (front.statics[k], 100 * shown.static_accuracy[k]),
             xytext=(0, -11),
             textcoords="offset points",
@@ -302,8 +315,7 @@ def _histogram(axes: "Axes", shown: Chart) -> None:
 
 
 def _reliability(axes: "Axes", shown: Chart) -> None:
-    # Above 1: a confidence that is no probability has no diagonal.
-    is_share = all(row.reliability.error is not None for row in shown.int8)
+    is_share = shown.measure == PROBABILITY
     if is_share:
         axes.plot([0, 100], [0, 100], color=GREY, lw=1, ls="--", label="as sure as right")
     for k, row in enumerate(shown.int8):
@@ -322,7 +334,7 @@ def _reliability(axes: "Axes", shown: Chart) -> None:
             elinewidth=0.7,
             label=label,
         )
-    unit = "[%]" if is_share else "[the measure's own unit]"
+    unit = "[%]" if is_share else f"({shown.measure})"
     axes.set(
         title="Reliability: is a sure exit right?",
         xlabel=f"mean confidence of the bin {unit}",
@@ -344,10 +356,12 @@ def _auroc(axes: "Axes", shown: Chart) -> None:
     for k, (name, color, hatch, values) in enumerate(series):
         places = np.arange(len(values)) + (k - (len(series) - 1) / 2) * width
         there = [value is not None for value in values]
+        heights = np.array([value for value in values if value is not None], np.float64)
         bars = axes.bar(
             places[there],
-            [value for value in values if value is not None],
+            heights - COIN,
             width,
+            bottom=COIN,
             color=color,
             hatch=hatch,
             edgecolor=BLACK,
@@ -355,17 +369,17 @@ def _auroc(axes: "Axes", shown: Chart) -> None:
             label=name,
         )
         if len(values) <= _MOST_NAMED:
-            axes.bar_label(bars, fmt="%.3f", fontsize=7)
-    axes.axhline(0.5, color=GREY, ls="--", lw=1, label="a coin")
+            axes.bar_label(bars, [f"{value:.3f}" for value in heights], fontsize=7)
+    axes.axhline(COIN, color=GREY, ls="--", lw=1, label="a coin")
     _exit_ticks(axes, shown)
     axes.set(
         title="Does confidence foretell a right answer?",
         xlabel="exit",
         ylabel="AUROC of confidence against correctness",
-        ylim=(min(0.45, *(v for *_, row in series for v in row if v is not None), 0.45), 1.05),
+        ylim=(min([COIN, *(v for *_, row in series for v in row if v is not None)]) - 0.04, 1.05),
     )
     axes.grid(visible=False, axis="x")
-    axes.legend(loc="lower right", framealpha=0.85)
+    axes.legend(loc="upper left", ncols=3, framealpha=0.85)
 
 
 def _advice(axes: "Axes", shown: Chart) -> None:
@@ -397,6 +411,9 @@ def _advice(axes: "Axes", shown: Chart) -> None:
         )
     axes.axvline(advice.present, color=GREY, ls=":", lw=1, label=f"now: {advice.present:,}")
     axes.set_xscale("log")
+    axes.set_xticks([], minor=True)
+    sizes = [point.samples for point in advice.points]
+    axes.set_xticks(sizes, [f"{size:,}" for size in sizes], rotation=30, ha="right")
     axes.set(
         title="What more labels would buy",
         xlabel="certificate samples",

@@ -7,7 +7,7 @@ Hidden here: equal confidences stay together, so no order of the samples changes
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from edgeexit.errors import UsageError
 Floats = NDArray[np.float64]
 
 BINS = 10
+PROBABILITY = "max_prob"  # the one measure that says how often it should be right
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +28,7 @@ class Reliability:
     Accuracy against confidence in B bins of about equal mass, the least confident first.
 
     confidence and accuracy are means, float64 (B,); low and high the exact 95 % interval of the
-    accuracy; samples int64 (B,).
+    accuracy; samples int64 (B,). is_probability: whether the confidence claims to be an accuracy.
     """
 
     confidence: Floats
@@ -35,16 +36,17 @@ class Reliability:
     low: Floats
     high: Floats
     samples: NDArray[np.int64]
+    is_probability: bool = True
 
     @property
     def error(self) -> float | None:
         """
-        Expected calibration error, 0..1; None if the confidences are no probabilities.
+        Expected calibration error, 0..1; None if the confidence is no probability.
 
         Over bins of equal mass (Nguyen and O'Connor, 2015): bins of equal width leave most
         samples of a sure network in one bin.
         """
-        if len(self.samples) == 0 or self.confidence.min() < 0.0 or self.confidence.max() > 1.0:
+        if len(self.samples) == 0 or not self.is_probability:
             return None
         apart = np.abs(self.confidence - self.accuracy)
         return float((apart * self.samples).sum() / self.samples.sum())
@@ -76,12 +78,17 @@ class Ranking:
 
 
 def rankings(
-    confidence: NDArray[Any], correct: NDArray[np.bool_], exits: Sequence[str], *, bins: int = BINS
+    confidence: NDArray[Any],
+    correct: NDArray[np.bool_],
+    exits: Sequence[str],
+    measure: str = PROBABILITY,
+    *,
+    bins: int = BINS,
 ) -> tuple[Ranking, ...]:
     """
     One Ranking for each exit of float (N, E) *confidence* and bool (N, E) *correct*.
 
-    UsageError for shapes that differ and for NaN.
+    *measure* names the confidence. UsageError for shapes that differ and for NaN.
     """
     seen, right = np.asarray(confidence, np.float64), np.asarray(correct, bool)
     if seen.ndim != 2 or seen.shape != right.shape or seen.shape[1] != len(exits):
@@ -97,7 +104,10 @@ def rankings(
             samples=len(seen),
             accuracy=float(right[:, k].mean()) if len(seen) else 0.0,
             auroc=auroc(seen[:, k], right[:, k]),
-            reliability=reliability(seen[:, k], right[:, k], bins=bins),
+            reliability=replace(
+                reliability(seen[:, k], right[:, k], bins=bins),
+                is_probability=measure == PROBABILITY,
+            ),
         )
         for k, name in enumerate(exits)
     )
