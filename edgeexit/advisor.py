@@ -53,12 +53,16 @@ class Advice:
 
     @property
     def best(self) -> Point:
-        """The fewest samples that get at least four fifths of what is still to be had."""
-        most = max(point.saved for point in self.points)
+        """
+        The fewest samples that get at least four fifths of what ten times the samples would.
+
+        The greatest median is no measure: it is often the luckiest. More than the last point's
+        saving is therefore not claimed.
+        """
+        most = self.points[-1].saved
         enough = self.now.saved + 0.8 * (most - self.now.saved)
-        return next(
-            (p for p in self.points if p.samples >= self.present and p.saved >= enough), self.now
-        )
+        found = next(p for p in self.points if p.samples >= self.present and p.saved >= enough)
+        return replace(found, saved=max(self.now.saved, min(found.saved, most)))
 
     @property
     def sentence(self) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgeexit import bounds
 from edgeexit.advisor import Advice
-from edgeexit.decision import Costs, Family, Record
+from edgeexit.decision import Bools, Family, Record, Tally
 from edgeexit.errors import UsageError, printable
 from edgeexit.files import check_output, write_file
 from edgeexit.ranking import PROBABILITY, Ranking, rankings
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
+# kept, bool (E,) -> what leaving at each exit costs, float64 (E,), such as Costs.at.
+Pricing = Callable[[Bools], Floats]
 
 SUFFIXES = (".png", ".svg")
 BLACK, GREY, BLUE, ORANGE, GREEN, RED = (
@@ -126,8 +128,8 @@ def chart(
     record: Record,
     exits: Sequence[str],
     *,
-    ms: Costs | None = None,
-    mj: Costs | None = None,
+    ms: Pricing | None = None,
+    mj: Pricing | None = None,
     energy: str = "mean energy per answer",
     first: int = 0,
     certified: int,
@@ -142,7 +144,8 @@ def chart(
     The chart of *family* on the samples of *record*.
 
     *family* may go on behind the row *certified*: what was not certified is shown as such. *ms*
-    and *mj* are costs in these units, at least one of them; *energy* says how the energy is known.
+    and *mj* tell the costs in these units (Costs.at does), at least one of them; *energy* says
+    how the energy is known.
     *measure* names the record's confidence; *real* are the rankings of the float network's exits
     (ranking.rankings), matched by name.
     """
@@ -158,6 +161,7 @@ def chart(
         )
     tally = family.tally(record)
     reference = float(record.reference.mean())
+    alone = np.eye(record.exits, dtype=bool)
     given = (("mean latency per answer", "ms", ms), (energy, "mJ", mj))
     return Chart(
         title=printable(title),
@@ -168,11 +172,11 @@ def chart(
             Front(
                 quantity=printable(quantity),
                 unit=unit,
-                costs=family.mean_costs(tally, costs),
-                statics=np.asarray(np.cumsum(costs.backbone) + costs.head),
+                costs=_mean_costs(family, tally, price),
+                statics=np.array([price(kept)[k] for k, kept in enumerate(alone)]),
             )
-            for quantity, unit, costs in given
-            if costs is not None
+            for quantity, unit, price in given
+            if price is not None
         ),
         static_accuracy=np.asarray(record.correct.mean(axis=0)),
         first=first,
@@ -186,6 +190,16 @@ def chart(
         real=real,
         advice=advice,
     )
+
+
+def _mean_costs(family: Family, tally: Tally, price: Pricing) -> Floats:
+    known: dict[bytes, Floats] = {}
+    rows = []
+    for place in range(len(family)):
+        kept = family.policy(place).kept
+        rows.append(known.setdefault(kept.tobytes(), price(kept)))
+    # Where nobody leaves, the price may be unknown.
+    return np.asarray((tally.rates * np.where(tally.rates > 0, rows, 0.0)).sum(axis=1))
 
 
 def draw(shown: Chart, path: Path | str) -> None:

@@ -77,6 +77,20 @@ def test_the_sentence_names_the_fewest_labels_that_get_most_of_it() -> None:
     assert advice.to_document()["sentence"] == advice.sentence
 
 
+def test_the_luckiest_point_is_not_what_is_claimed() -> None:
+    advice = Advice(
+        points=(
+            point(1000, 0.20),
+            point(2000, 0.32, predicted=True),
+            point(5000, 0.25, predicted=True),
+        ),
+        present=1000,
+    )
+
+    assert "with 1,000 more labels" in advice.sentence
+    assert "25.0% instead of 20.0%" in advice.sentence
+
+
 def test_the_sentence_says_so_when_labels_are_not_what_is_missing() -> None:
     advice = Advice(points=(point(1000, 0.2), point(5000, 0.205, predicted=True)), present=1000)
 

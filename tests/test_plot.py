@@ -34,7 +34,7 @@ ADVICE = Advice(
 
 
 def made(**changed: object) -> Chart:
-    given = {"ms": SYNTHETIC_COSTS, "certified": 8, "position": 6, "level": 0.02}
+    given = {"ms": SYNTHETIC_COSTS.at, "certified": 8, "position": 6, "level": 0.02}
     family, record, exits = (
         changed.pop(name, default)
         for name, default in (("family", FAMILY), ("record", RECORD), ("exits", EXITS))
@@ -97,7 +97,7 @@ def test_equal_charts_give_equal_bytes(tmp_path: Path) -> None:
 def test_every_part_is_there_and_says_its_unit(tmp_path: Path) -> None:
     real = rankings(RECORD.confidence, RECORD.correct, EXITS)
     shown = made(
-        title="fashion on pi4", mj=SYNTHETIC_COSTS, energy="energy, modelled", real=real,
+        title="fashion on pi4", mj=SYNTHETIC_COSTS.at, energy="energy, modelled", real=real,
         advice=ADVICE,
     )  # fmt: skip
 
@@ -148,7 +148,7 @@ def test_many_exits_and_one_sample_and_constant_confidence_can_be_drawn(tmp_path
     names = [f"exit{k}" for k in range(count)]
 
     shown = made(
-        family=family, record=record, exits=names, ms=costs, certified=0, position=0
+        family=family, record=record, exits=names, ms=costs.at, certified=0, position=0
     )  # fmt: skip
     draw(shown, tmp_path / "many.svg")
 
