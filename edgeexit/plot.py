@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from edgeexit import bounds
 from edgeexit.advisor import Advice
-from edgeexit.decision import Bools, Family, Record, Tally
+from edgeexit.decision import Bools, Costs, Family, Record, Tally
 from edgeexit.errors import UsageError, printable
 from edgeexit.files import check_output, write_file
 from edgeexit.ranking import PROBABILITY, Ranking, rankings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Floats = NDArray[np.float64]
-# kept, bool (E,) -> what leaving at each exit costs, float64 (E,), such as Costs.at.
+# kept, bool (E,) -> what leaving at each exit costs, float64 (E,).
 Pricing = Callable[[Bools], Floats]
 
 SUFFIXES = (".png", ".svg")
@@ -128,8 +128,8 @@ def chart(
     record: Record,
     exits: Sequence[str],
     *,
-    ms: Pricing | None = None,
-    mj: Pricing | None = None,
+    ms: Costs | Pricing | None = None,
+    mj: Costs | Pricing | None = None,
     energy: str = "mean energy per answer",
     first: int = 0,
     certified: int,
@@ -144,8 +144,8 @@ def chart(
     The chart of *family* on the samples of *record*.
 
     *family* may go on behind the row *certified*: what was not certified is shown as such. *ms*
-    and *mj* tell the costs in these units (Costs.at does), at least one of them; *energy* says
-    how the energy is known.
+    and *mj* are costs in these units, as parts or by kept set, at least one of them; *energy*
+    says how the energy is known.
     *measure* names the record's confidence; *real* are the rankings of the float network's exits
     (ranking.rankings), matched by name.
     """
@@ -162,7 +162,6 @@ def chart(
     tally = family.tally(record)
     reference = float(record.reference.mean())
     alone = np.eye(record.exits, dtype=bool)
-    given = (("mean latency per answer", "ms", ms), (energy, "mJ", mj))
     return Chart(
         title=printable(title),
         exits=names,
@@ -175,7 +174,10 @@ def chart(
                 costs=_mean_costs(family, tally, price),
                 statics=np.array([price(kept)[k] for k, kept in enumerate(alone)]),
             )
-            for quantity, unit, price in given
+            for quantity, unit, price in (
+                ("mean latency per answer", "ms", _priced(ms)),
+                (energy, "mJ", _priced(mj)),
+            )
             if price is not None
         ),
         static_accuracy=np.asarray(record.correct.mean(axis=0)),
@@ -190,6 +192,10 @@ def chart(
         real=real,
         advice=advice,
     )
+
+
+def _priced(given: Costs | Pricing | None) -> Pricing | None:
+    return given.at if isinstance(given, Costs) else given
 
 
 def _mean_costs(family: Family, tally: Tally, price: Pricing) -> Floats:

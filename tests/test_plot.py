@@ -148,7 +148,7 @@ def test_many_exits_and_one_sample_and_constant_confidence_can_be_drawn(tmp_path
     names = [f"exit{k}" for k in range(count)]
 
     shown = made(
-        family=family, record=record, exits=names, ms=costs.at, certified=0, position=0
+        family=family, record=record, exits=names, ms=costs, certified=0, position=0
     )  # fmt: skip
     draw(shown, tmp_path / "many.svg")
 
