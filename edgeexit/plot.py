@@ -262,9 +262,8 @@ def _front(axes: "Axes", shown: Chart, front: Front) -> None:
     axes.axvspan(kept.min(), kept.max(), color=BLUE, alpha=0.10, lw=0, label="certified region")
     if shown.level is not None:
         floor = 100 * (shown.reference - shown.level)
-        axes.axhline(
-            floor, color=GREY, ls="--", lw=1, label=f"reference less {100 * shown.level:g} points"
-        )
+        points = f"{100 * shown.level:g} point" + ("" if shown.level == 0.01 else "s")
+        axes.axhline(floor, color=GREY, ls="--", lw=1, label=f"reference less {points}")
     look: dict[str, Any] = {"ls": "", "ms": 4}
     axes.plot(front.costs[visible], percent[visible], color=GREY, lw=0.8, zorder=1)
     if outside.any():
