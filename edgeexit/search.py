@@ -1,44 +1,34 @@
 """
-The cheapest thresholds that make at most so many harmful exits, on arrays alone.
+The thresholds that cost least, where every harmful flip has a price, on arrays alone.
 
-Callers see cheapest. A threshold only matters by whom it lets out, so the search runs over
-prefixes of the samples sorted by confidence, a block of equal confidences at a time. Two
-searches work together: a Lagrangian one (each threshold in turn gets its exact best cut, for
-forty prices of a harmful exit) finds a good answer at any size; a depth-first one proves or
-betters it. The latter is small because leaving earlier never costs more: among the prefixes
-with equally many harmful exits only the longest can be best, so an exit has no more candidates
-than harmful exits are allowed.
+Callers see Problem: the samples and costs, sorted once. best gives the policy with the least mean
+of cost + price * loss, least the cheapest one with at most so many harmful flips. A threshold only
+matters by whom it lets out, so the search runs over prefixes of the samples sorted by confidence,
+a block of equal confidences at a time: with the other thresholds fixed, running sums give the
+exact best cut of one exit, and an exit whose head and hand-over cost more than it saves is dropped
+(algorithm: coordinate descent as in ../shared/research/anchors.md §5.2, step 1). Hidden here: the
+samples are put in an order of their contents first, so that sums round alike whatever order they
+came in.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.decision import Bools, Costs, Floats, Ints, Record
+
 Scores = NDArray[np.float32] | NDArray[np.float64]
-Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
 
-_PRICES = 40
-_PASSES = 4
-# Samples looked at by the depth-first search before it settles for the best so far: 1-2 s.
-_WORK = 60_000_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """
-    Thresholds of the exits before the last, inf where none leaves, and what they give.
-
-    cost is the mean over samples, harmful the number of harmful exits; proven says that no
-    other thresholds on these samples are cheaper.
-    """
-
-    thresholds: tuple[float, ...]
-    cost: float
-    harmful: int
-    proven: bool
+# Rounds of coordinate descent; they nearly always stand still after three.
+_PASSES = 5
+# Prices at which least looks for a start.
+_PRICES = 24
+# Shared thresholds that are tried as a start.
+_SHARED = 40
 
 
 def leaves_at(confidence: Scores, thresholds: Sequence[float]) -> NDArray[np.int64]:
@@ -53,160 +43,274 @@ def leaves_at(confidence: Scores, thresholds: Sequence[float]) -> NDArray[np.int
     return leaves
 
 
-def cheapest(confidence: Scores, harmful: Bools, costs: Sequence[float], allowed: int) -> Found:
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """
+    Thresholds of the exits before the last, inf for a dropped one, and what they give.
+
+    cost is the mean over samples, harmful the number of harmful flips, loss the mean loss that the
+    search counted.
+    """
+
+    thresholds: tuple[float, ...]
+    cost: float
+    harmful: int
+    loss: float
+
+
+class Problem:
+    """
+    The samples of *record* and their *costs*, ready for searching.
+
+    A flip costs its price where it is harmful; with *is_signed* a helpful one earns it. Only
+    the exits *may_keep*, bool (E - 1,), are kept; others are dropped whatever they would save.
+    """
+
+    def __init__(
+        self,
+        record: Record,
+        costs: Costs,
+        *,
+        is_signed: bool = False,
+        may_keep: Sequence[bool] | Bools | None = None,
+    ) -> None:
+        self.samples, self.early = len(record), record.exits - 1
+        order = by_content(record)
+        self.confidence = np.ascontiguousarray(record.confidence.T[: self.early, order])
+        signed = record.loss[order].T
+        self.harm = np.ascontiguousarray(signed > 0)
+        self.loss = np.ascontiguousarray(signed if is_signed else np.maximum(signed, 0))
+        self.costs = costs
+        self.extra = costs.head + costs.handover
+        self.may_keep = np.ones(self.early, np.bool_) if may_keep is None else np.array(may_keep)
+        # Highest confidence first; sums are only read at the end of a block of equal ones.
+        self.order = [np.argsort(-row, kind="stable").astype(np.int32) for row in self.confidence]
+        self.is_end = []
+        for row, first in zip(self.confidence, self.order, strict=True):
+            values = row[first]
+            self.is_end.append(np.append(values[1:] != values[:-1], [True] * bool(len(values))))
+
+    def restricted(self, may_keep: Bools) -> "Problem":
+        """The same problem where only the exits *may_keep*, bool (E - 1,), may be kept."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__, may_keep=np.asarray(may_keep))
+        return other
+
+    # ------------------------------------------------------------ the answer of given cuts
+
+    def leaves(self, cuts: Sequence[float] | Floats) -> Ints:
+        """The exit, int64 (N,), at which each sample (in the order of contents) leaves."""
+        return leaves_at(self.confidence.T, list(cuts))
+
+    def found(self, cuts: Sequence[float] | Floats) -> Found:
+        """What *cuts* give, with thresholds midway to the next lower confidence seen."""
+        leaves, count = self.leaves(cuts), max(1, self.samples)
+        rows = np.arange(self.samples)
+        return Found(
+            thresholds=tuple(self.between(k, float(cut)) for k, cut in enumerate(cuts)),
+            cost=float(
+                np.bincount(leaves, minlength=self.early + 1) @ self._per_exit(cuts) / count
+            ),
+            harmful=int(self.harm[leaves, rows].sum()),
+            loss=float(self.loss[leaves, rows].sum() / count),
+        )
+
+    def between(self, k: int, cut: float) -> float:
+        """*cut* of exit k moved midway to the next lower confidence, so that none lies on it."""
+        if math.isinf(cut):
+            return cut
+        below = self.confidence[k][self.confidence[k] < cut]
+        if len(below):
+            return 0.5 * (cut + float(below.max()))
+        return float(np.nextafter(np.float32(cut), np.float32(-np.inf)))
+
+    def _per_exit(self, cuts: Sequence[float] | Floats) -> Floats:
+        return self.costs.at(np.append(np.asarray(cuts, np.float64) < np.inf, True))
+
+    def _objective(self, cuts: Sequence[float] | Floats, price: float) -> float:
+        leaves = self.leaves(cuts)
+        loss = int(self.loss[leaves, np.arange(self.samples)].sum(dtype=np.int64))
+        counts = np.bincount(leaves, minlength=self.early + 1)
+        return float(counts @ self._per_exit(cuts)) + price * loss
+
+    # ------------------------------------------------------------ coordinate descent
+
+    def descend(
+        self, cuts: Sequence[float] | Floats, price: float, passes: int = _PASSES
+    ) -> Floats:
+        """Each exit in turn gets its exact best cut until none moves; never worse than *cuts*."""
+        cuts = np.where(self.may_keep, cuts, np.inf)
+        for _ in range(passes):
+            before = cuts.copy()
+            self._sweep(cuts, price)
+            if (cuts == before).all():
+                break
+        return cuts
+
+    def _sweep(self, cuts: Floats, price: float) -> None:
+        arrived = [np.ones(self.samples, np.bool_)]  # which samples no earlier exit took
+        for k in range(self.early - 1):
+            arrived.append(arrived[-1] & (self.confidence[k] < cuts[k]))
+        last = self.early
+        # What a sample costs from here on if it does not leave at exit k.
+        onward = price * self.loss[last] + (self.costs.backbone[last] + self.extra[last])
+        for k in reversed(range(self.early)):
+            here = price * self.loss[k]
+            if self.may_keep[k]:
+                cuts[k] = self._best_cut(k, onward - here, arrived[k])
+            if cuts[k] < np.inf:
+                onward = np.where(self.confidence[k] >= cuts[k], here, onward) + self.extra[k]
+            onward += self.costs.backbone[k]
+
+    def _best_cut(self, k: int, gains: Floats, arrived: Bools) -> float:
+        count = int(np.count_nonzero(arrived))
+        if count == 0:
+            return math.inf
+        order = self.order[k]
+        sums = np.cumsum(np.where(arrived, gains, 0.0)[order])
+        sums[~self.is_end[k]] = -np.inf
+        top = int(sums.argmax())
+        # Sums differ from the truth in the last bits, and a tie is not worth an exit.
+        slack = 1e-9 * max(1.0, abs(float(sums[top])))
+        if sums[top] <= self.extra[k] * count + slack:
+            return math.inf
+        return float(self.confidence[k][order[top]])
+
+    # ------------------------------------------------------------ whole searches
+
+    def starts(self) -> list[Floats]:
+        """Cuts of shared-threshold policies, from the strictest on, none of them searched for."""
+        if self.samples == 0 or self.early == 0:
+            return []
+        seen = np.unique(self.confidence)
+        places = np.linspace(0, len(seen) - 1, min(len(seen), _SHARED)).round().astype(np.int64)
+        return [
+            np.where(self.may_keep, float(cut), np.inf) for cut in np.unique(seen[places])[::-1]
+        ]
+
+    def best(self, price: float, starts: Iterable[Sequence[float] | Floats] = ()) -> Found:
+        """
+        The policy found with the least mean of cost + *price* * loss.
+
+        Never worse than a single exit, a shared threshold among the starts, or *starts*.
+        """
+        return self.found(self._best_of(price, [*self._plain(price), *starts]))
+
+    def _plain(self, price: float) -> list[Floats]:
+        """The full network, each single exit at its best, and the best shared threshold."""
+        none = np.full(self.early, np.inf)
+        plain = [none]
+        for k in range(self.early):
+            alone = np.arange(self.early) == k
+            plain.append(self.restricted(alone & self.may_keep).descend(none, price, 1))
+        shared = self.starts()
+        if shared:
+            plain.append(min(shared, key=lambda cuts: self._objective(cuts, price)))
+        return plain
+
+    def _best_of(self, price: float, starts: Iterable[Sequence[float] | Floats]) -> Floats:
+        ends = [self.descend(start, price) for start in starts]
+        return min(ends, key=lambda cuts: self._objective(cuts, price))
+
+    def least(self, allowed: int) -> Found:
+        """
+        The cheapest policy found that makes at most *allowed* harmful flips.
+
+        Never dearer than a single exit or a shared threshold that keeps to the allowance.
+        """
+        none = np.full(self.early, np.inf)
+        best, cost = none, self._cost_within(none, allowed)
+        span = float(self.costs.full)
+        tried: list[Floats] = []
+        if self.samples and span > 0.0:
+            cuts = none
+            for price in np.geomspace(span * max(10, self.samples), span * 0.05, _PRICES):
+                cuts = self.descend(cuts, float(price))
+                tried.append(cuts)
+        alone = np.eye(self.early, dtype=np.bool_)
+        tried += [self.restricted(a & self.may_keep)._tighten(none, allowed) for a in alone]
+        shared = [cuts for cuts in self.starts() if self._harm(cuts) <= allowed]
+        for cuts in [*tried, *shared[-1:]]:
+            for start in (cuts, best):
+                tight = self._tighten(start, allowed)
+                value = self._cost_within(tight, allowed)
+                if value < cost - 1e-9 * abs(cost):
+                    best, cost = tight, value
+        return self.found(best)
+
+    def _harm(self, cuts: Floats) -> int:
+        return int(self.harm[self.leaves(cuts), np.arange(self.samples)].sum())
+
+    def _cost_within(self, cuts: Floats, allowed: int) -> float:
+        return self._objective(cuts, 0.0) if self._harm(cuts) <= allowed else math.inf
+
+    def _tighten(self, cuts: Floats, allowed: int) -> Floats:
+        """Each cut in turn where it costs least within the allowance, the last exit first."""
+        cuts = cuts.copy()
+        if self._harm(cuts) > allowed:
+            return cuts
+        for _ in range(2):
+            for k in reversed(range(self.early)):
+                if not self.may_keep[k]:
+                    continue
+                arrived = self.leaves(cuts[:k]) == k
+                samples = self.order[k][arrived[self.order[k]]]
+                if not len(samples):
+                    cuts[k] = np.inf
+                    continue
+                without = cuts.copy()
+                without[k] = np.inf
+                later = self.leaves(without)[samples]
+                per_exit = self._per_exit(without)
+                made = self.harm[k][samples].astype(np.int64) - self.harm[later, samples]
+                total = self._harm(without) + np.cumsum(made)
+                gain = np.cumsum(per_exit[later] - per_exit[k])
+                values = self.confidence[k][samples]
+                is_end = np.append(values[1:] != values[:-1], True)
+                gain = np.where(is_end & (total <= allowed), gain, -np.inf)
+                top = int(gain.argmax())
+                pays = gain[top] > self.extra[k] * len(samples)
+                cuts[k] = float(values[top]) if pays else np.inf
+        return cuts
+
+
+def by_content(record: Record) -> NDArray[Any]:
+    """
+    An order of the samples, int (N,), that their confidences and losses alone fix.
+
+    Samples alike in both stand together, in the order they came in; the order is as good as drawn.
+    """
+    key = np.zeros(len(record), np.uint64)
+    columns = [*record.confidence.astype(np.float32).T.copy().view(np.uint32), *record.loss.T]
+    with np.errstate(over="ignore"):
+        for column in columns:
+            # The last steps of splitmix64, by Sebastiano Vigna (public domain).
+            key = (key ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
+            key ^= key >> np.uint64(31)
+    return np.argsort(key, kind="stable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cheapest(Found):
+    """What cheapest found; never proven to be the best."""
+
+    proven: bool = False
+
+
+def cheapest(confidence: Scores, harmful: Bools, costs: Sequence[float], allowed: int) -> Cheapest:
     """
     The thresholds with the least mean cost among those with at most *allowed* harmful exits.
 
-    confidence float32 (N, M) and harmful bool (N, M) speak of the exits before the last, which
-    itself is never harmful; costs (M + 1) must not fall from exit to exit. Ties in cost go to
-    fewer harmful exits. The same arrays in any order of samples give the same answer.
+    confidence float32 (N, M) and harmful bool (N, M) speak of the exits before the last; costs
+    (M + 1) are those of the way to each exit and must not fall.
     """
-    problem = _Problem(confidence, harmful, np.asarray(costs, np.float64), allowed)
-    best = problem.lagrange()
-    found, proven = problem.depth_first(best)
-    return Found(
-        thresholds=problem.thresholds(found.cuts),
-        cost=found.cost / max(1, len(confidence)),
-        harmful=found.harmful,
-        proven=proven,
+    zeros = np.zeros(len(costs))
+    final = np.zeros((len(confidence), 1), np.float32)
+    record = Record(
+        confidence=np.hstack([np.asarray(confidence, np.float32), final]),
+        predicted=np.hstack([harmful, final]).astype(np.int64),
+        label=np.zeros(len(confidence), np.int64),
+        ids=np.arange(len(confidence)),
     )
-
-
-@dataclass(frozen=True)
-class _Answer:
-    # cuts[k] is the lowest confidence that leaves at exit k (inf: nobody).
-    cuts: tuple[float, ...]
-    cost: float
-    harmful: int
-
-    def beats(self, other: "_Answer") -> bool:
-        # Sums of the same costs in another order differ in the last bits: that is a tie.
-        slack = 1e-9 * abs(other.cost)
-        if abs(self.cost - other.cost) <= slack:
-            return self.harmful < other.harmful
-        return self.cost < other.cost
-
-
-class _Problem:
-    def __init__(self, confidence: Scores, harmful: Bools, costs: Floats, allowed: int) -> None:
-        self.n, self.exits = confidence.shape
-        self.confidence = confidence.astype(np.float64)
-        self.costs, self.allowed = costs, allowed
-        self.harm = np.column_stack([harmful, np.zeros(self.n, np.bool_)])
-        # Highest confidence first; equal ones stand together, so their order does not matter.
-        self.order = [np.argsort(-self.confidence[:, k], kind="stable") for k in range(self.exits)]
-
-    def blocks(self, k: int, alive: Bools) -> tuple[NDArray[np.int64], Floats, NDArray[np.int64]]:
-        """The *alive* samples in exit k's order, their confidences, and the ends of its blocks."""
-        samples = self.order[k][alive[self.order[k]]]
-        values = self.confidence[samples, k]
-        is_end = np.ones(len(values), np.bool_)
-        is_end[:-1] = values[1:] != values[:-1]
-        return samples, values, np.flatnonzero(is_end) + 1
-
-    def answer(self, cuts: Sequence[float]) -> _Answer:
-        leaves = leaves_at(self.confidence, cuts)
-        counts = np.bincount(leaves, minlength=self.exits + 1)
-        harmful = int(self.harm[np.arange(self.n), leaves].sum())
-        return _Answer(tuple(cuts), float(counts @ self.costs), harmful)
-
-    def thresholds(self, cuts: Sequence[float]) -> tuple[float, ...]:
-        """Cuts moved midway to the next lower observed confidence, so that none lies on one."""
-        moved = []
-        for k, cut in enumerate(cuts):
-            below = self.confidence[self.confidence[:, k] < cut, k]
-            if np.isinf(cut):
-                moved.append(float("inf"))
-            elif len(below):
-                moved.append(0.5 * (cut + float(below.max())))
-            else:
-                moved.append(float(np.nextafter(np.float32(cut), np.float32(-np.inf))))
-        return tuple(moved)
-
-    # Lagrangian: the least of cost + price * harmful, one threshold at a time.
-
-    def lagrange(self) -> _Answer:
-        best = self.answer([np.inf] * self.exits)
-        span = float(self.costs[-1] - self.costs[0])
-        if self.n == 0 or span <= 0.0:
-            return best
-        cuts = list(best.cuts)
-        for price in np.geomspace(span * max(self.n, 10), span * 0.05, _PRICES):
-            for _ in range(_PASSES):
-                before = list(cuts)
-                for k in reversed(range(self.exits)):
-                    cuts[k] = self.best_cut(cuts, k, float(price))
-                if cuts == before:
-                    break
-            for start in (self.answer(cuts), best):
-                tight = self.tighten(start)
-                if tight.harmful <= self.allowed and tight.beats(best):
-                    best = tight
-        return best
-
-    def best_cut(self, cuts: list[float], k: int, price: float, limit: int | None = None) -> float:
-        """The cut of exit k that is best while the others stay; total harm within *limit*."""
-        alive = leaves_at(self.confidence, cuts[:k]) == k
-        samples, values, ends = self.blocks(k, alive)
-        if not len(samples):
-            return float("inf")
-        later = k + 1 + leaves_at(self.confidence[samples, k + 1 :], cuts[k + 1 :])
-        extra = self.harm[samples, k].astype(np.int64) - self.harm[samples, later]
-        gain = np.cumsum(self.costs[later] - self.costs[k] - price * extra)[ends - 1]
-        if limit is not None:
-            harm = self.answer([*cuts[:k], np.inf, *cuts[k + 1 :]]).harmful
-            gain = np.where(harm + np.cumsum(extra)[ends - 1] <= limit, gain, -np.inf)
-        top = int(gain.argmax())
-        return float(values[ends[top] - 1]) if gain[top] > 0.0 else float("inf")
-
-    def tighten(self, start: _Answer) -> _Answer:
-        """Each threshold in turn as low as the allowance lets it; a start beyond it stays."""
-        if start.harmful > self.allowed:
-            return start
-        cuts = list(start.cuts)
-        for k in reversed(range(self.exits)):
-            cuts[k] = self.best_cut(cuts, k, 0.0, self.allowed)
-        return self.answer(cuts)
-
-    # Depth first with bounds: exact unless the work runs out.
-
-    def depth_first(self, best: _Answer) -> tuple[_Answer, bool]:
-        self.best, self.work = best, 0
-        self.descend(0, np.ones(self.n, np.bool_), (), 0.0, 0)
-        return self.best, self.work <= _WORK
-
-    def descend(
-        self, k: int, alive: Bools, cuts: tuple[float, ...], cost: float, harmful: int
-    ) -> None:
-        if k == self.exits:
-            total = cost + float(self.costs[k]) * int(alive.sum())
-            answer = _Answer(cuts, total, harmful)
-            if answer.beats(self.best):
-                self.best = answer
-            return
-        self.work += self.n
-        if self.work > _WORK:
-            return
-        samples, values, ends = self.blocks(k, alive)
-        made = np.cumsum(self.harm[samples, k])[ends - 1] if len(samples) else ends
-        for end, harm in _longest(ends, made, self.allowed - harmful):
-            # At best everybody else leaves at the next exit.
-            here = cost + float(self.costs[k]) * end
-            if here + float(self.costs[k + 1]) * (len(samples) - end) > self.best.cost * (1 + 1e-9):
-                break
-            left = alive.copy()
-            left[samples[:end]] = False
-            cut = float(values[end - 1]) if end else float("inf")
-            self.descend(k + 1, left, (*cuts, cut), here, harmful + harm)
-
-
-def _longest(
-    ends: NDArray[np.int64], made: NDArray[np.int64], budget: int
-) -> list[tuple[int, int]]:
-    """(length, harmful) of the longest prefix for each number of harmful ones, longest first."""
-    longest = {0: 0}
-    for end, harm in zip(ends.tolist(), made.tolist(), strict=True):
-        if harm > budget:
-            break
-        longest[harm] = end
-    return [(end, harm) for harm, end in sorted(longest.items(), reverse=True)]
+    problem = Problem(record, Costs(np.diff(costs, prepend=0.0), zeros, zeros))
+    return Cheapest(**vars(problem.least(allowed)))
