@@ -3,7 +3,8 @@ The ways of choosing thresholds, all behind one door: a family from tuning, a ru
 
 Callers look a name up in METHODS and get a Method: family makes policies, strictest first, from
 the tuning samples alone; rule says with the certificate samples which is the last that may be
-taken; promise says in what sense:
+taken; promise says in what sense. path is the way of this package; the others are for users who
+want them and for comparison:
 
 - shared: one threshold for all exits; fixed: a list of thresholds that the user gives;
 - quota: shares of the samples for each exit (MSDNet, Huang et al., arXiv 1703.09844);
@@ -25,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit import certify, quota, risk
+from edgeexit import certify, nested, quota, risk
 from edgeexit.decision import Costs, Family, Floats, Record
 from edgeexit.errors import UsageError
 
@@ -92,6 +93,10 @@ def fixed(thresholds: Sequence[float]) -> Method:
 
 
 # ---------------------------------------------------------------- families
+
+
+def _path(tuning: Record, costs: Costs, goal: Goal) -> Family:
+    return nested.learn(tuning, costs, level=goal.level, samples=goal.samples, delta=goal.delta)
 
 
 def _shared(tuning: Record, costs: Costs, goal: Goal) -> Family:
@@ -266,6 +271,7 @@ def _ltt(family: Family, certificate: Record, tuning: Record, goal: Goal) -> int
 
 
 METHODS: dict[str, Method] = {
+    "path": Method(_path, _fixed_sequence),
     "shared": Method(_shared, _fixed_sequence),
     "quota": Method(_quota, _fixed_sequence),
     "pcee": Method(_pcee, _fixed_sequence),
