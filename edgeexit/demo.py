@@ -26,6 +26,7 @@ from edgeexit.profile import Profile
 from edgeexit.race import Race, race
 from edgeexit.runtime import Prediction, Runner
 from edgeexit.samples import CalibrationSet, find_set
+from edgeexit.worth import Worth
 
 BUNDLE = "fashion.edgeexit"
 RECORD = "fashion-record.npz"
@@ -56,6 +57,7 @@ class Tuned:
 
     profile: Profile
     policy: Policy
+    worth: Worth
     full: Evaluation
     tuned: Evaluation
 
@@ -143,8 +145,8 @@ def run_demo(
     *logits* are both records of the `tuning` and `certificate` splits; None makes them now, for
     which those splits must be installed. Each profile takes about *time_cap_s* seconds; one that
     was disturbed is used all the same, its verdict says so. The policies are saved into the
-    bundles. Raises what profile, tune and evaluate raise; OutOfReach if no policy passes its
-    check.
+    bundles; each certificate counts as the first use of its samples, no ledger is kept.
+    Raises what profile, tune and evaluate raise.
     """
     step = on_step or _silent
     records = logits or (None, None)
@@ -207,7 +209,9 @@ def _tuned(
         logits = _fresh_record(bundle, origin, lambda name, done: step(word + name, done))
     tune.check_inputs(bundle, logits, costs, device)
     # It shows what comes out here and now: on a restless machine that is said, not refused.
-    policy = tune.choose(logits, costs, MAX_ACCURACY_DROP, accept_disturbed=True)
+    target = tune.Target(max_accuracy_drop=MAX_ACCURACY_DROP)
+    found = tune.tune(logits, costs, target, accept_disturbed=True)
+    policy = found.policy
     policy.save(bundle.policy_path(device))
     step(f"{word}tune", 1.0)
     report = origin.split("report")
@@ -215,7 +219,7 @@ def _tuned(
     step(f"{word}evaluate", 0.5)
     tuned = evaluate(bundle, report, policy)
     step(f"{word}evaluate", 1.0)
-    return Tuned(profile=costs, policy=policy, full=full, tuned=tuned)
+    return Tuned(profile=costs, policy=policy, worth=found.worth, full=full, tuned=tuned)
 
 
 def _origin(bundle: Bundle) -> CalibrationSet:

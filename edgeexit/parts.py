@@ -81,6 +81,15 @@ class Parts:
         found = [self.price(kept, name) for name in kept]
         return None if None in found else [price.value for price in found if price is not None]
 
+    @property
+    def smallest_ns(self) -> Values:
+        """
+        Backbone stages (E,) and then heads (E - 1,): the smallest parts that fit the paths best.
+
+        Where the paths do not determine every part, what they leave open is spread evenly.
+        """
+        return self._model.parts
+
     def _place(self, exit: str) -> int:
         if exit not in self.exits:
             raise unknown(exit, self.exits, "exit")
@@ -177,10 +186,10 @@ class _Model:
         weighted = design * weights[:, None]
         inverse = np.linalg.pinv(weighted, rcond=1e-10)
         known = np.array([self._known(row) for row in design])
-        self._parts = inverse @ ((measured - known @ self._seen) * weights)
+        self.parts = inverse @ ((measured - known @ self._seen) * weights)
         self._redrawn = ((redrawn - self._seen_redrawn @ known.T) * weights) @ inverse.T
         self._span = inverse @ weighted
-        fitted = design @ self._parts + known @ self._seen
+        fitted = design @ self.parts + known @ self._seen
         self.worst_residual = float(np.abs(fitted / measured - 1).max())
 
     def replicates(self, wanted: Values) -> Values | None:
@@ -194,7 +203,7 @@ class _Model:
         if not self._tells(wanted):
             return None
         seen = self._known(wanted) if known else np.zeros(1 + self._exits)
-        value = wanted @ self._parts + seen @ self._seen
+        value = wanted @ self.parts + seen @ self._seen
         return self._between(float(value), self._redrawn @ wanted + self._seen_redrawn @ seen)
 
     def seen(self, place: int) -> Estimate:

@@ -275,7 +275,6 @@ class Policy:
     kept: tuple[str, ...] = ()
     target: Mapping[str, Any] = field(default_factory=dict)
     expected: Mapping[str, Any] = field(default_factory=dict)
-    check: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     class_offsets: Mapping[str, tuple[float, ...]] | None = None
     certificate: Mapping[str, Any] = field(default_factory=dict)
@@ -418,7 +417,6 @@ class Policy:
             "class_offsets": None if offsets is None else {n: list(o) for n, o in offsets.items()},
             "target": dict(self.target),
             "expected": dict(self.expected),
-            **({"check": dict(self.check)} if self.check else {}),
             "certificate": dict(self.certificate),
             "provenance": dict(self.provenance),
         }
@@ -434,7 +432,7 @@ class Policy:
         number = table.expect_format(FORMAT)
         table.only(
             *("format", "device", "bundle", "measure", "exits", "kept", "thresholds"),
-            *("class_offsets", "target", "expected", "check", "certificate", "provenance"),
+            *("class_offsets", "target", "expected", "certificate", "provenance"),
         )
         try:
             return cls(
@@ -448,7 +446,6 @@ class Policy:
                 class_offsets=_class_offsets(table),
                 target=table.table("target").values,
                 expected=table.table("expected").values,
-                check=table.find("check", dict, {}),
                 certificate=table.table("certificate").values,
                 provenance=table.table("provenance").values,
             )

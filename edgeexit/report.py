@@ -7,9 +7,8 @@ tables fit into 100 columns.
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from edgeexit.blocks import CLEAN, STATUSES
 from edgeexit.collect import Progress
@@ -23,9 +22,9 @@ from edgeexit.policy import DROPPED, Policy
 from edgeexit.prices import FITTED
 from edgeexit.profile import Estimate, Profile
 from edgeexit.verdict import NO_EXITS, named, unseen, watched
+from edgeexit.worth import Worth
 
 # A saving below this is within what two measurements of one thing differ by.
-WORTH_IT = 1.03
 _WIDTH = 100
 _NAME_WIDTH = 20
 _LISTED = 5
@@ -319,40 +318,33 @@ def unsure_line(comparison: Comparison, rows: Sequence[Row], allowed: float) -> 
 # ---------------------------------------------------------------- policies and evaluations
 
 
-def verdict(policy: Policy) -> str:
-    """One line: is early exit worth it, and if not, what to ship instead."""
-    expected = policy.expected
-    full, static = float(expected["speed_up_full"]), float(expected["speed_up_static"])
-    name = expected["best_static_exit"]
-    if name != policy.exits[-1] and static < WORTH_IT:
-        return (
-            f"Early exit is not worth it here: ship exit {name!r} alone as a static network "
-            f"({milliseconds(float(expected['best_static_ms']))} ms, within the same budget)."
-        )
-    if full < WORTH_IT or len(policy.kept) < 2:
-        return "Early exit is not worth it here: the full network is as cheap."
-    is_priced = name in expected.get("static_exits_priced", policy.exits)
-    at_most = "" if is_priced else "at most "
+def promise(policy: Policy) -> str:
+    """The promise of a policy's certificate, in one sentence."""
+    held, target = policy.certificate, policy.target
+    caps = []
+    if target.get("max_accuracy_drop") is not None:
+        against = str(policy.provenance.get("reference", ""))
+        against = against if against.startswith("the ") else f"the reference {against[:12]}"
+        caps.append(f"the accuracy drop against {against} is at most {held['level']:.2%}")
+    for key, words in (
+        ("latency_budget_ms", "the mean latency is at most {:g} ms"),
+        ("energy_budget_mj", "the mean energy is at most {:g} mJ"),
+        ("p95_ms", "95 % of the inputs take at most {:g} ms"),
+    ):
+        if target.get(key) is not None:
+            caps.append(words.format(target[key]))
+    spent = held.get("ledger") or {}
+    use = f", use {spent['use']} of these samples" if spent else ""
     return (
-        f"Early exit is worth it here: {full:.2f}x faster than the full network, "
-        f"{at_most}{static:.2f}x faster than the best static one ({name}).{_joules_said(expected)}"
+        f"Certified with {target['confidence']:.0%} confidence on {held['samples']} samples"
+        f"{use}: {', '.join(caps)} (on samples drawn like these; {held['certified'] + 1} "
+        "policies at once)."
     )
 
 
-def _joules_said(expected: Mapping[str, Any]) -> str:
-    """What the policy does to energy, if the profile told: less time may not be less energy."""
-    if "mean_mj" not in expected:
-        return ""
-    saved = 1 - float(expected["mean_mj"]) / float(expected["full_mj"])
-    label = expected["energy_label"]
-    if saved > 1 - 1 / WORTH_IT:
-        return f" It takes {saved:.0%} less energy ({label})."
-    return f" It does not save energy here ({saved:+.1%}, {label}, idling included)."
-
-
-def policy_table(policy: Policy) -> str:
-    """The exits with thresholds, rates and ms; expectations beside the rivals; the check."""
-    expected, check = policy.expected, policy.check
+def policy_table(policy: Policy, worth: Worth) -> str:
+    """The exits with thresholds, rates and ms; expectations beside the rivals; the promise."""
+    expected, held = policy.expected, policy.certificate
     rows = []
     shares = zip(policy.exits, expected["exit_rates"], expected["exit_accuracy"], strict=True)
     for name, rate, alone in shares:
@@ -368,67 +360,40 @@ def policy_table(policy: Policy) -> str:
                 f"{alone:.2%}",
             ]
         )
-    rivals = [
-        ["this policy", expected["accuracy"], expected["mean_ms"]],
-        ["full network", expected["accuracy_full"], expected["full_ms"]],
-        [
-            f"static: {expected['best_static_exit']}",
-            expected["accuracy_static"],
-            expected["best_static_ms"],
-        ],
-    ]
-    low, high = expected["accuracy_interval"]
-    lines = [
-        [name, f"{accuracy:.2%}", milliseconds(ms), f"{ms / expected['mean_ms']:.2f}x"]
-        for name, accuracy, ms in rivals
-    ]
-    heads = ["", "accuracy", "mean ms", "to policy"]
-    notes = _policy_notes(policy)
-    if "mean_mj" in expected:
-        heads += ["mean mJ", "to policy"]
-        for line, mj in zip(lines, (expected["mean_mj"], expected["full_mj"]), strict=False):
-            line += [f"{mj:.3g}", f"{mj / expected['mean_mj']:.2f}x"]
-        lines[-1] += [""] * 2
     return "\n".join(
         [
-            f"Policy for {policy.device}: measure {policy.measure}, accuracy drop at most "
-            f"{policy.target['max_accuracy_drop']:.2%}",
+            f"Policy for {policy.device}: measure {policy.measure}, method {held['method']}",
             "",
             text_table(["exit", "threshold", "leave here", "ms", "its accuracy on all"], rows),
             "",
-            text_table(heads, lines),
-            "",
-            *notes,
-            f"Accuracy 95 % interval {low:.2%} .. {high:.2%}, on {expected['samples']} "
-            f"{expected['split']} samples.",
-            f"Checked on them: {check['harmful']} became wrong ({check['harmful_rate']:.2%}; "
-            f"upper bound {check['harmful_rate_upper_bound']:.2%}).",
-            verdict(policy),
+            *_worth_tables(worth),
+            *_policy_notes(policy),
+            f"Seen on {held['samples']} certificate samples: {held['harmful']} became wrong, "
+            f"{held['helpful']} right (drop {held['drop']:+.2%}).",
+            _wrapped(promise(policy)),
+            _wrapped(worth.sentence[0].upper() + worth.sentence[1:] + "."),
         ]
     )
 
 
+def _worth_tables(worth: Worth) -> list[str]:
+    """The policy and its rivals: the networks alone, then end to end, then what to mind."""
+    lines = [text_table(*worth.table_rows()), ""]
+    end = worth.end_rows()
+    if end is not None:
+        lines += [text_table(*end), ""]
+    return [*lines, *(_wrapped(note) for note in worth.notes), ""]
+
+
 def _policy_notes(policy: Policy) -> list[str]:
     """Where the costs come from, if not simply from a clean profile that timed these exits."""
-    expected, provenance = policy.expected, policy.provenance
+    provenance = policy.provenance
     lines = []
     costs = provenance.get("costs", {})
     if costs.get("origin") == FITTED:
         lines.append(
             f"These exits were not timed together: their ms are fitted from {costs['paths']} other "
             f"paths (which the fit meets within {costs['worst_residual']:.1%})."
-        )
-    unknown = [name for name in policy.exits if name not in expected["static_exits_priced"]]
-    if unknown:
-        lines.append(
-            f"The profile does not tell what {', '.join(unknown)} would cost alone: taken is what "
-            "leaving there costs behind the other exits, a little too much."
-        )
-    if "mean_mj" in expected:
-        scaled = expected["energy_origin"] == FITTED
-        lines.append(
-            f"Joules: {expected['energy_label']}, idling included"
-            + (", at the power measured with all exits kept." if scaled else ".")
         )
     verdict = provenance.get("profile_verdict", {})
     if verdict.get("status", CLEAN) != CLEAN:

@@ -243,6 +243,7 @@ def made_energy(
 
 def made_policy(**more: object) -> Policy:
     """What tune chooses from the made record and profile."""
-    from edgeexit.tune import choose
+    from edgeexit.tune import Target, tune
 
-    return choose(made_record(**more), made_profile(), 0.01)  # type: ignore[arg-type]
+    record = made_record(**more)  # type: ignore[arg-type]
+    return tune(record, made_profile(), Target(max_accuracy_drop=0.01)).policy

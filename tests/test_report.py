@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 from profiles import all_cases, built_energy, built_profile, watched_cases, with_readings
-from small import made_policy, made_profile, made_record
+from small import made_profile, made_record
 
 from edgeexit import report
 from edgeexit.blocks import DISTURBED, Reason, Verdict
@@ -13,7 +13,7 @@ from edgeexit.energy import Energy, Trace
 from edgeexit.evaluate import Evaluation
 from edgeexit.profile import Estimate
 from edgeexit.state import Reading
-from edgeexit.tune import choose
+from edgeexit.tune import Target, tune
 
 PROFILE = built_profile()
 
@@ -155,19 +155,18 @@ def test_the_live_line_says_how_it_stands(throttled: int, said: str) -> None:
 # ---------------------------------------------------------------- policies and evaluations
 
 
-def test_a_policy_says_whether_it_is_worth_it() -> None:
-    policy = made_policy()
-    text = report.policy_table(policy)
-    assert "Early exit is worth it here" in text
-    assert "Checked on them:" in text
-    assert "guarantee" not in text
-    dear = choose(made_record(skill=(0.0, 0.0, 7.0)), made_profile(head=90e3), 0.01)
-    assert "not worth it here: the full network" in report.policy_table(dear)
-    beaten = replace(
-        policy,
-        expected={**policy.expected, "best_static_exit": "exit1", "speed_up_static": 0.9},
+def test_a_policy_shows_its_promise_and_its_verdict() -> None:
+    found = tune(made_record(), made_profile(), Target(max_accuracy_drop=0.01))
+    text = " ".join(report.policy_table(found.policy, found.worth).split())
+    assert "Early exit pays here" in text
+    assert "Certified with 95% confidence on 2000 samples" in text
+    assert "is at most 1.00%" in text
+    dear = tune(
+        made_record(skill=(0.0, 0.0, 7.0)),
+        made_profile(head=90e3),
+        Target(max_accuracy_drop=0.01),
     )
-    assert "ship exit 'exit1' alone" in report.verdict(beaten)
+    assert "does not pay here" in " ".join(report.policy_table(dear.policy, dear.worth).split())
 
 
 def test_an_evaluation_names_the_worst_confusion() -> None:
@@ -211,12 +210,3 @@ def test_a_meter_that_warns_is_quoted() -> None:
     info = replace(energy.info, details={"warning": "the driver believes in 0.01 Ohm"})
     profile = built_profile(cases=watched_cases(), energy=replace(energy, info=info))
     assert "WARNING: the driver believes in 0.01 Ohm" in report.profile_table(profile)
-
-
-def test_a_policy_that_saves_time_and_no_energy_says_so() -> None:
-    policy = made_policy()
-    told = {"mean_mj": 1.0, "full_mj": 2.0, "energy_label": "external"}
-    saving = replace(policy, expected={**policy.expected, **told})
-    assert "It takes 50% less energy (external)." in report.verdict(saving)
-    wasting = replace(policy, expected={**policy.expected, **told, "mean_mj": 2.2})
-    assert "does not save energy here" in report.verdict(wasting)

@@ -136,7 +136,7 @@ def _text(found: "Demo") -> str:
     return "\n\n".join(
         [
             report.profile_table(found.dense.profile),
-            report.policy_table(found.dense.policy),
+            report.policy_table(found.dense.policy, found.dense.worth),
             f"The pruned network's profile: {printable(str(found.pruned.profile.verdict))}",
             pictures,
             f"On {found.dense.tuned.samples} report samples, all six taking turns in one process:",
