@@ -29,6 +29,7 @@ COMMANDS = {
     "profile": "measure latency and energy of each exit on a device",
     "compare": "compare two profiles, exit by exit",
     "tune": "choose exits and thresholds from measurements",
+    "verify": "recompute a policy and its certificate from the files",
     "run": "classify, stopping at the first exit that is sure enough",
     "evaluate": "measure accuracy, exit rates and latency on labelled samples",
     "inspect": "show what a bundle holds",

@@ -1,0 +1,202 @@
+"""
+Whether a policy is what its files give: everything is computed anew and compared.
+
+Callers see verify, Outcome, and asked, by which the ledger knows a use again. Hidden here: files
+are compared by their very bytes first, because an altered record or profile may still be read as a
+sound one; of the policy's own words only what was asked for is believed, and that only if the
+ledger knows it; the policy's bytes are compared as well, so that no altered bit is lost in reading.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeexit import __version__, ledger, tune
+from edgeexit.bundle import load_bundle
+from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.evaluate import Record
+from edgeexit.files import Table, file_digest, json_bytes, parse_json, read_bytes
+from edgeexit.policy import Policy
+from edgeexit.profile import Profile
+from edgeexit.targets import Target
+
+_SHOWN = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Where a policy is not what its files give; nowhere, if what it promises holds."""
+
+    policy: Policy
+    differences: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything was as expected."""
+        return not self.differences
+
+    def to_document(self) -> dict[str, Any]:
+        """The object that `edgeexit verify --json` prints."""
+        return {
+            "holds": self.holds,
+            "differences": list(self.differences),
+            "device": self.policy.device,
+            "bundle": self.policy.bundle_digest,
+            "promise": self.sentence if self.holds else None,
+        }
+
+    @property
+    def sentence(self) -> str:
+        """What a policy without differences promises."""
+        certificate, target = self.policy.certificate, self.policy.target
+        if certificate["level"] is None:
+            asked = "the budgets are kept"
+        else:
+            asked = f"the accuracy drops by at most {certificate['level']:.4g}"
+        of = f"{target['confidence']:.4g} confidence, {certificate['samples']} samples"
+        return f"{asked} ({of}, use {certificate['ledger']['use']} of them): recomputed, all equal"
+
+
+def asked(
+    digests: Mapping[str, str | None],
+    target: Target,
+    *,
+    method: str,
+    thresholds: Sequence[float] | None,
+    measure: str | None,
+    seed: int,
+) -> str:
+    """The ledger's request digest of one call of tune: of all files and options that decide."""
+    return ledger.request_digest(
+        {
+            "made_by": __version__,
+            **digests,
+            **target.to_document(),
+            "method": method,
+            "thresholds": None if thresholds is None else list(map(str, thresholds)),
+            "measure": measure,
+            "seed": seed,
+        }
+    )
+
+
+def verify(
+    policy_path: Path,
+    bundle_path: Path,
+    *,
+    record_path: Path,
+    profile_path: Path,
+    reference_path: Path | None = None,
+    ledger_path: Path | None = None,
+) -> Outcome:
+    """
+    Compute the policy in the file *policy_path* anew from its files, and compare all of it.
+
+    *ledger_path* None: where tune puts it (edgeexit.ledger.place). BadFile for files that cannot
+    be read as what they should be; those that can, but are not what the policy was made from, are
+    differences.
+    """
+    data = read_bytes(policy_path)
+    document = parse_json(data, str(policy_path))
+    policy = Policy.from_document(document)
+    if not policy.certificate:
+        raise UsageError(
+            f"{policy_path}: has no certificate, so there is nothing to verify",
+            hint="edgeexit tune makes policies with one",
+        )
+    bundle = load_bundle(bundle_path)
+    digests = {
+        "record": file_digest(record_path),
+        "reference": None if reference_path is None else file_digest(reference_path),
+        "bundle": bundle.digest,
+        "profile": file_digest(profile_path),
+    }
+    told = policy.certificate.get("digests")
+    found = list(differences(told, digests, "certificate.digests"))
+    if found:  # of other files, nothing else can be expected to be the same
+        return Outcome(policy=policy, differences=tuple(found))
+    record, profile = Record.load(record_path), Profile.load(profile_path)
+    reference = None if reference_path is None else Record.load(reference_path)
+    tune.check_inputs(bundle, record, profile, policy.device)
+    if ledger_path is None:
+        ledger_path = ledger.place(record.set_name, record.set_digest, record_path)
+    try:
+        expected = _recomputed(policy, document, record, profile, reference, ledger_path, digests)
+    except _Unlike as error:
+        return Outcome(policy=policy, differences=(str(error),))
+    wanted = expected.to_document()
+    found = list(differences(document.values, wanted))
+    if not found and data != json_bytes(wanted):
+        found = [f"{policy_path}: not as edgeexit wrote it, though all values are the same"]
+    return Outcome(policy=policy, differences=tuple(found))
+
+
+class _Unlike(Exception):
+    """One difference that leaves nothing else to compare."""
+
+
+def _recomputed(
+    policy: Policy,
+    document: Table,
+    record: Record,
+    profile: Profile,
+    reference: Record | None,
+    ledger_path: Path,
+    digests: Mapping[str, str | None],
+) -> Policy:
+    """What tune makes of the files for what the policy says was asked, if the ledger knows that."""
+    try:
+        target = Target.from_document(document.table("target"))
+        method = str(policy.certificate["method"])
+        request = asked(
+            digests,
+            target,
+            method=method,
+            thresholds=tune.thresholds_asked(document.table("provenance")),
+            measure=policy.provenance["measure_asked"],
+            seed=policy.certificate["seed"],
+        )
+        made_by = policy.provenance["made_by"]
+    except (EdgeExitError, KeyError, TypeError) as error:
+        raise _Unlike(f"certificate: does not tell how it was made: {error}") from error
+    if made_by != __version__:
+        raise _Unlike(
+            f"provenance.made_by: found {_short(made_by)}, expected {__version__!r}: another "
+            "version may choose otherwise"
+        )
+    if not ledger_path.exists():
+        raise _Unlike(f"{ledger_path}: no ledger, expected the one that counted this use")
+    key = ledger.split_key(record.digests[record.rows(tune.CERTIFICATE)])
+    use = ledger.find(ledger_path, key, request)
+    if use is None:
+        raise _Unlike(
+            f"{ledger_path}: knows no use of these samples for what the policy says was asked"
+        )
+    try:
+        return tune.recompute(policy, record, profile, reference, use, digests)
+    except EdgeExitError as error:
+        raise _Unlike(f"certificate: cannot be made again: {error}") from error
+
+
+def differences(found: Any, expected: Any, place: str = "") -> Iterator[str]:
+    """Where two JSON values differ, one line each: place, what was found, what was expected."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in [*found, *(key for key in expected if key not in found)]:
+            inner = f"{place}.{key}" if place else str(key)
+            if key not in found:
+                yield f"{inner}: missing, expected {_short(expected[key])}"
+            elif key not in expected:
+                yield f"{inner}: found {_short(found[key])}, expected no such key"
+            else:
+                yield from differences(found[key], expected[key], inner)
+    elif isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        for k, (mine, yours) in enumerate(zip(found, expected, strict=True)):
+            yield from differences(mine, yours, f"{place}[{k}]")
+    elif type(found) is not type(expected) or found != expected:
+        yield f"{place}: found {_short(found)}, expected {_short(expected)}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -1,0 +1,306 @@
+"""A policy is verified from its files alone, and one altered bit in any of them is seen."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import made_profile, made_record, small_bundle
+
+from edgeexit import ledger, tune
+from edgeexit.cli import entry
+from edgeexit.errors import BadFile, EdgeExitError
+from edgeexit.evaluate import Record
+from edgeexit.files import json_bytes
+from edgeexit.policy import Policy
+from edgeexit.profile import Profile
+from edgeexit.verify import Outcome, asked, differences, verify
+
+TARGET = tune.Target(max_accuracy_drop=0.02, confidence=0.9)
+
+
+@dataclass(frozen=True)
+class World:
+    """The files that one policy was made from, and the policy."""
+
+    folder: Path
+
+    def verify(self, **other: Path) -> Outcome:
+        paths: dict[str, Any] = {
+            "policy_path": self.policy,
+            "bundle_path": self.bundle,
+            "record_path": self.folder / "record.npz",
+            "profile_path": self.folder / "profile-host.json",
+            "reference_path": self.folder / "reference.npz",
+            "ledger_path": self.folder / "ledger.json",
+        }
+        return verify(**{**paths, **other})
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "small.edgeexit"
+
+    @property
+    def policy(self) -> Path:
+        return self.bundle / "policies" / "host.json"
+
+    def spend(self, record: Record, digests: dict[str, str | None], **options: Any) -> ledger.Entry:
+        key = ledger.split_key(record.digests[record.rows("certificate")])
+        chosen = {"method": "shared", "thresholds": None, "measure": "max_prob", "seed": 0}
+        request = asked(digests, TARGET, **{**chosen, **options})
+        return ledger.spend(self.folder / "ledger.json", key, request, {"level": 0.02})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("verify")
+    bundle = small_bundle(folder)
+    record = replace(made_record(800, 1500), bundle_digest=bundle.digest)
+    rng = np.random.default_rng(1)
+    logits = record.logits.copy()
+    logits[rng.random(len(record)) < 0.02, -1] = 0
+    reference = replace(record, logits=logits, bundle_digest="c" * 64)
+    profile = made_profile(bundle_digest=bundle.digest)
+    record.save(folder / "record.npz")
+    reference.save(folder / "reference.npz")
+    profile.save(folder / "profile-host.json")
+    made = World(folder)
+    digests = tune.input_digests(record, profile, reference)
+    made.spend(record, digests, seed=7)
+    tuned = tune.tune(
+        *(record, profile, TARGET),
+        method="shared",
+        measure="max_prob",
+        reference=reference,
+        use=made.spend(record, digests),
+    )
+    tuned.policy.save(made.policy)
+    return made
+
+
+def test_what_tune_made_holds_and_nothing_is_written(world: World) -> None:
+    before = {path: path.read_bytes() for path in world.folder.rglob("*") if path.is_file()}
+
+    outcome = world.verify()
+
+    assert outcome.differences == ()
+    assert "at most 0.02 (0.9 confidence, 1500 samples, use 2 of them)" in outcome.sentence
+    assert {p: p.read_bytes() for p in world.folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("thresholds", 0), 0.5),
+        (("measure",), "margin"),
+        (("device",), "rpi4"),
+        (("target", "max_accuracy_drop"), 0.01),
+        (("target", "confidence"), 0.95),
+        (("expected", "mean_ms"), 0.1),
+        (("certificate", "certified"), 1000),
+        (("certificate", "seed"), 7),
+        (("certificate", "method"), "quota"),
+        (("certificate", "method"), "fixed"),
+        (("certificate", "method"), 5),
+        (("certificate", "path", -1, 0), 0.1),
+        (("certificate", "ledger", "use"), 1),
+        (("certificate", "ledger", "at"), "2020-01-01T00:00:00+00:00"),
+        (("certificate", "digests", "record"), "0" * 64),
+        (("certificate", "digests", "reference"), None),
+        (("certificate", "promise"), "all is well"),
+        (("certificate", "more"), 1),
+        (("provenance", "measure_asked"), None),
+        (("provenance", "made_by"), "0"),
+        (("provenance", "threads"), 9),
+        (("provenance", "thresholds_asked"), ["0.5", "0.5"]),
+    ],
+)
+def test_an_altered_value_is_a_difference(
+    world: World, tmp_path: Path, keys: tuple[Any, ...], value: object
+) -> None:
+    document = json.loads(world.policy.read_text())
+    inner = document
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path = tmp_path / "altered.json"
+    path.write_bytes(json_bytes(document))
+
+    try:
+        outcome = world.verify(policy_path=path)
+    except BadFile:
+        return
+    assert not outcome.holds
+    assert all("\n" not in line and ": " in line for line in outcome.differences)
+
+
+@pytest.mark.parametrize("group", ["policy", "record", "reference", "profile", "ledger", "bundle"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_one_altered_bit_in_any_input_is_seen(
+    world: World, group: str, data: st.DataObject
+) -> None:
+    bundle = world.folder / "bits" / "small.edgeexit"
+    if not bundle.exists():
+        shutil.copytree(world.bundle, bundle)
+    sources = {
+        "policy": world.policy,
+        "record": world.folder / "record.npz",
+        "reference": world.folder / "reference.npz",
+        "profile": world.folder / "profile-host.json",
+        "ledger": world.folder / "ledger.json",
+        "bundle": data.draw(st.sampled_from(sorted(p for p in bundle.iterdir() if p.is_file()))),
+    }
+    good = sources[group].read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(good) - 1))
+    bad = bytearray(good)
+    bad[bit // 8] ^= 1 << bit % 8
+    path = sources[group] if group == "bundle" else world.folder / "bits" / sources[group].name
+    path.write_bytes(bytes(bad))
+    other = {f"{group}_path": bundle if group == "bundle" else path}
+    try:
+        assert not world.verify(**other).holds
+    except EdgeExitError as error:
+        assert error.exit_code == BadFile.exit_code
+    finally:
+        path.write_bytes(good)
+    if group == "bundle":
+        assert world.verify(**other).holds
+
+
+def test_other_files_are_named_and_nothing_else_is_compared(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other.npz"
+    made_record(300, 300).save(other)
+
+    outcome = world.verify(record_path=other)
+
+    assert len(outcome.differences) == 1
+    assert outcome.differences[0].startswith("certificate.digests.record: found ")
+
+
+def test_a_use_that_no_ledger_counted_promises_nothing(world: World, tmp_path: Path) -> None:
+    assert "no ledger" in world.verify(ledger_path=tmp_path / "none.json").differences[0]
+
+    path = tmp_path / "ledger.json"
+    ledger.spend(path, "a" * 64, "b" * 64, {})
+    assert "knows no use" in world.verify(ledger_path=path).differences[0]
+
+    path.write_text("{}")
+    with pytest.raises(BadFile, match="format: missing"):
+        world.verify(ledger_path=path)
+
+
+def test_only_the_use_that_was_counted_is_believed(world: World, tmp_path: Path) -> None:
+    """A policy made as if it were the first use is not the one that the ledger knows."""
+    policy = Policy.load(world.policy)
+    known, known_digests = policy.certificate["ledger"], policy.certificate["digests"]
+    first = ledger.Entry(use=1, request=known["request"], at=known["at"], facts={}, digest="")
+    made = tune.recompute(
+        policy,
+        Record.load(world.folder / "record.npz"),
+        Profile.load(world.folder / "profile-host.json"),
+        Record.load(world.folder / "reference.npz"),
+        first,
+        known_digests,
+    )
+    path = tmp_path / "first.json"
+    made.save(path)
+
+    found = world.verify(policy_path=path).differences
+
+    assert any(line.startswith("certificate.ledger.use: found 1, expected 2") for line in found)
+    assert any(line.startswith("certificate.delta: ") for line in found)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON, JSON)
+def test_values_differ_just_if_their_json_does(found: object, expected: object) -> None:
+    lines = list(differences(found, expected, "x"))
+
+    def words(value: object) -> str:
+        return json.dumps(value, sort_keys=True).replace("-0.0", "0.0")
+
+    assert bool(lines) == (words(found) != words(expected))
+    assert list(differences(found, found)) == []
+    assert all(line.startswith("x") for line in lines)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(world: World, *more: str) -> list[str]:
+    files = {
+        "--record": world.folder / "record.npz",
+        "--profile": world.folder / "profile-host.json",
+        "--reference": world.folder / "reference.npz",
+        "--ledger": world.folder / "ledger.json",
+    }
+    given_files = [word for name, path in files.items() for word in (name, str(path))]
+    return ["verify", str(world.bundle), *given_files, *more]
+
+
+def test_the_command_prints_what_holds(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    assert entry(command(world)) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("\n") == 1
+    assert "recomputed, all equal" in shown.out
+
+    assert entry(command(world, "--json")) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["holds"] is True
+    assert document["differences"] == []
+
+
+def test_the_command_lists_differences_and_exits_3(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads(world.policy.read_text())
+    document["expected"]["mean_ms"] *= 0.5
+    document["expected"]["accuracy"] = 1.0
+    path = tmp_path / "host.json"
+    path.write_bytes(json_bytes(document))
+
+    assert entry(command(world, "--policy", str(path))) == BadFile.exit_code
+    shown = capsys.readouterr()
+    assert [line.partition(":")[0] for line in shown.out.splitlines()] == [
+        "expected.accuracy",
+        "expected.mean_ms",
+    ]
+    assert "at 2 places" in shown.err
+
+    assert entry(command(world, "--policy", str(path), "--json")) == BadFile.exit_code
+    assert json.loads(capsys.readouterr().out)["holds"] is False
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--max-accuracy-drop", "0.02"],
+        ["--latency-budget", "0.25ms", "--method", "shared"],
+        ["--method", "fixed", "--thresholds", "0.9,inf", "--measure", "margin"],
+        ["--method", "fixed", "--thresholds", "0,0", "--measure", "max_prob"],
+    ],
+)
+def test_what_the_command_tune_writes_holds(
+    world: World, tmp_path: Path, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.bundle, tmp_path / "small.edgeexit")
+    shutil.copy(world.folder / "record.npz", tmp_path / "small-record.npz")
+    shutil.copy(world.folder / "profile-host.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+    assert entry(["tune", "--device", "host", *options]) == 0
+    assert entry(["verify"]) == 0
+    counted = json.loads((tmp_path / "small-record.npz.ledger.json").read_text())
+    assert [len(uses) for uses in counted["splits"].values()] == [1]
