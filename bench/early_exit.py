@@ -5,7 +5,8 @@ What early exit saves: the demo's policy against its rivals, over fresh processe
 
 Latency is Runner.__call__ on an in-memory sample of the `report` split, preprocessing included,
 one thread, the runners taking turns. The rivals: the same network without exits, and the
-cheapest single exit that is within the same budget on `tuning`, each cut out alone.
+cheapest single exit whose accuracy is within the same budget, each cut out alone. Beside them:
+what tune expected of the policy, from its profile and the certificate samples.
 """
 
 import json
@@ -59,6 +60,16 @@ def main() -> None:
         "accuracy_full": full.accuracy,
         "accuracy_policy": tuned.accuracy,
         "exit_rates": list(tuned.exit_rates),
+        "exit_rates_expected": policy.expected["exit_rates"],
+        "expected_us": policy.expected["mean_ms"] * 1e3,
+        "run_over_expected": spread(
+            [run["policy_us"] / (policy.expected["mean_ms"] * 1e3) for run in runs]
+        ),
+        "certified_drop": policy.certificate["level"],
+        "certificate": {
+            key: policy.certificate[key]
+            for key in ("test", "samples", "delta", "harmful", "helpful", "p_value")
+        },
         "thresholds": [str(value) for value in policy.thresholds],
         "measure": policy.measure,
         "best_static_exit": tune.best_static_exit(policy),

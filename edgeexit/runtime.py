@@ -267,6 +267,8 @@ class Runner:
             found = bundle.policy_for(device)
             if found is not None:
                 return found, str(bundle.policy_path(device))
+            if len(bundle.exits) == 1:  # nothing to decide
+                return Policy.full(bundle), "none"
             have = ", ".join(bundle.policy_devices()) or "none"
             self.notice = (
                 f"{bundle.path}: no policy for device {device!r} (has: {have}): "
