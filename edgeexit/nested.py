@@ -3,17 +3,21 @@ A path of policies from the full network to the loosest, learned on the tuning s
 
 Callers see learn. Along the path thresholds only fall, so whoever leaves early under one policy
 leaves at least as early under every later one. The path follows the best policies as the price of
-a harmful flip falls (edgeexit.search), with steps between them (PATH-FST,
-../shared/research/anchors.md §5.2, step 2). Hidden here: paths over fewer exits are learned, too,
-and the one is taken that on tuning promises the cheapest certified policy.
+a harmful flip falls (edgeexit.search), with steps between them (PATH-FST: an order learned on
+other samples, as in Pareto Testing, arXiv 2210.07913, for the fixed-sequence test of Learn then
+Test, arXiv 2110.01052). Hidden here: paths over fewer exits are learned, too, and the one is taken
+that on tuning promises the cheapest certified policy.
 """
 
 import itertools
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 
 from edgeexit import certify
-from edgeexit.decision import Costs, Family, Floats, Ints, Record, Tally
+from edgeexit.decision import Bools, Costs, Family, Floats, Ints, Record, Tally
 from edgeexit.search import Problem, by_content
 
 # The prices of a harmful flip, in full networks: at the highest one flip in thousands is too dear,
@@ -25,6 +29,8 @@ _STEPS = 6
 _ENTRY = 0.001
 # Of more tuning samples, so many are searched, and fewer still to choose between sets of exits.
 _SEARCHED, _SCOUTED = 100_000, 10_000
+# Policies of a path with one threshold for all exits.
+_SHARED = 120
 # A path without an exit must promise a mean cost this much lower than the one with it.
 _BETTER = 0.995
 
@@ -41,26 +47,68 @@ def learn(tuning: Record, costs: Costs, *, level: float, samples: int, delta: fl
         return Family(name="path", thresholds=np.full((1, early), np.inf))
     searched = _evenly(tuning, _SEARCHED)
     scouted = _evenly(searched, _SCOUTED)
-    problem = Problem(scouted, costs)
+    goal = (level, samples, delta)
+    halves = _halves(scouted)
+    ways = [_Way(_path), _Way(_shared)]
+    # Learned on one half, judged on the other: more parameters look better than they are.
+    way = min(ways, key=lambda way: sum(way.judged(*pair, costs, goal) for pair in halves))
+    kept = way.exits(scouted, costs, goal)
+    return Family(name="path", thresholds=way.rows(Problem(searched, costs, may_keep=kept)))
 
-    def promised(rows: Floats) -> float:
-        family = Family(name="path", thresholds=rows)
-        return _promised(family, family.tally(scouted), costs, (level, samples, delta))
 
-    kept = np.ones(early, np.bool_)
-    best = _path(problem)
-    least = promised(best)
-    while kept.any():
-        fewer = [kept & (np.arange(early) != k) for k in np.flatnonzero(kept)]
-        paths = [_path(problem.restricted(exits)) for exits in fewer]
-        means = [promised(rows) for rows in paths]
-        place = int(np.argmin(means))
-        if means[place] >= _BETTER * least:
-            break
-        kept, best, least = fewer[place], paths[place], means[place]
-    if searched is not scouted:
-        best = _path(Problem(searched, costs, may_keep=kept))
-    return Family(name="path", thresholds=best)
+@dataclass(frozen=True)
+class _Way:
+    """One way to make a path: rows(problem) are thresholds, float64 (S, E - 1), that only fall."""
+
+    rows: Callable[[Problem], Floats]
+
+    def judged(
+        self, learned: Record, judge: Record, costs: Costs, goal: tuple[float, int, float]
+    ) -> float:
+        """What a path that was learned on one record promises on another."""
+        kept = self.exits(learned, costs, goal)
+        family = Family(name="path", thresholds=self.rows(Problem(learned, costs, may_keep=kept)))
+        return _promised(family, family.tally(judge), costs, goal)
+
+    def exits(self, record: Record, costs: Costs, goal: tuple[float, int, float]) -> Bools:
+        """The early exits, bool (E - 1,), that a path on *record* should use: one by one dropped."""
+        problem = Problem(record, costs)
+        early = record.exits - 1
+
+        def promised(rows: Floats) -> float:
+            family = Family(name="path", thresholds=rows)
+            return _promised(family, family.tally(record), costs, goal)
+
+        kept = np.ones(early, np.bool_)
+        least = promised(self.rows(problem))
+        while kept.any():
+            fewer = [kept & (np.arange(early) != k) for k in np.flatnonzero(kept)]
+            means = [promised(self.rows(problem.restricted(exits))) for exits in fewer]
+            place = int(np.argmin(means))
+            if means[place] >= _BETTER * least:
+                break
+            kept, least = fewer[place], means[place]
+        return kept
+
+
+def _halves(record: Record) -> list[tuple[Record, Record]]:
+    """Both halves of *record*, either way round, as its contents say."""
+    order = by_content(record)
+    if len(record) < 2:
+        return [(record, record)]
+    parts = [record.take(np.sort(order[start::2])) for start in (0, 1)]
+    return [(parts[0], parts[1]), (parts[1], parts[0])]
+
+
+def _shared(problem: Problem) -> Floats:
+    """One threshold for all exits that may be kept."""
+    if not problem.may_keep.any():
+        return np.full((1, problem.early), np.inf)
+    pooled = np.sort(problem.confidence[problem.may_keep], axis=None)
+    counts = np.unique(np.linspace(1, len(pooled), _SHARED).round().astype(np.int64))
+    limits = np.unique([_threshold(pooled, int(count)) for count in counts])[::-1]
+    falling = np.append(np.inf, limits)
+    return np.where(problem.may_keep, falling[:, None], np.inf)
 
 
 def _evenly(record: Record, most: int) -> Record:

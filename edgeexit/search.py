@@ -6,9 +6,8 @@ of cost + price * loss, least the cheapest one with at most so many harmful flip
 matters by whom it lets out, so the search runs over prefixes of the samples sorted by confidence,
 a block of equal confidences at a time: with the other thresholds fixed, running sums give the
 exact best cut of one exit, and an exit whose head and hand-over cost more than it saves is dropped
-(algorithm: coordinate descent as in ../shared/research/anchors.md §5.2, step 1). Hidden here: the
-samples are put in an order of their contents first, so that sums round alike whatever order they
-came in.
+(coordinate descent). Hidden here: the samples are put in an order of their contents first, so that
+sums round alike whatever order they came in.
 """
 
 import math
