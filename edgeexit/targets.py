@@ -30,6 +30,8 @@ OBJECTIVES = {LATENCY: "mean milliseconds", ENERGY: "mean millijoules"}
 _SLOW_SHARE, _SLOW_CALLS = 0.05, 0.01
 _BETS = np.concatenate([np.geomspace(1e-3, 0.5, 24), [0.6, 0.7, 0.8, 0.9, 0.95]])
 _LEAST_MARGIN_SE = 2.3
+# A smaller accuracy drop would need billions of labels.
+_LEAST_DROP = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,13 @@ class Target:
         choose(self.minimize, OBJECTIVES, "objective")
         if self.max_accuracy_drop is not None:
             bounds.check_rate(self.max_accuracy_drop)
-        if not 0.0 < self.confidence < 1.0:
+            if self.max_accuracy_drop < _LEAST_DROP:
+                raise UsageError(
+                    f"accuracy drop {self.max_accuracy_drop:g}: expected {_LEAST_DROP:g} or more",
+                    hint="no set has the labels to show less",
+                )
+        # What may be risked must not be rounded to all.
+        if not 0.0 < 1.0 - self.confidence < 1.0:
             raise UsageError(
                 f"confidence {self.confidence}: expected more than 0 and less than 1 (0.95 = 95 %)"
             )

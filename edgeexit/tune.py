@@ -236,7 +236,7 @@ def _decide(
             "no policy is certified to keep all that was asked for: "
             + (f"with the accuracy kept, up to row {last}; " if level is not None else "")
             + f"the budget from row {first} of {len(family)} on (the least mean cost of all is "
-            f"{cheapest:.4g})",
+            + (f"{cheapest:.4g} mJ)" if target.minimize == ENERGY else f"{cheapest / 1e6:.4g} ms)"),
             hint="allow a larger budget or accuracy drop, or take a smaller network",
         )
     both = _pooled(seen, tally)
@@ -399,17 +399,17 @@ def tune(
     check_verdict.
     """
     verdict = check_verdict(profile, accept_disturbed=accept_disturbed)
-    _check_pair(record, profile)
-    if (method == FIXED) != (thresholds is not None):
-        raise UsageError("thresholds: expected with the method 'fixed', and only there")
+    check_request(
+        record,
+        profile,
+        target,
+        method=method,
+        thresholds=thresholds,
+        measure=measure,
+        reference=reference,
+    )
     made = families.fixed(thresholds) if thresholds is not None else _method(method)[1]
     names = list(MEASURES) if measure is None else [measure]
-    for name in names:
-        choose_name(name, MEASURES, "confidence measure")
-    if thresholds is not None and measure is None:
-        raise UsageError(
-            "thresholds: belong to one confidence measure", hint=f"give --measure: {list(MEASURES)}"
-        )
     rows, checks = _rows(record, TUNING), _rows(record, CERTIFICATE)
     delta = 1.0 - target.confidence
     if use is not None:
@@ -639,12 +639,6 @@ def _costs(prices: Prices, target: Target) -> tuple[Costs, Pricing, _Budgets]:
         return np.array([prices.energy_mj(_kept_names(exits, kept), name) for name in exits])
 
     parts = prices.parts_ns()
-    wants_energy = target.minimize == ENERGY or target.energy_budget_mj is not None
-    if wants_energy and profile.energy is None:
-        raise UsageError(
-            "the profile holds no joules",
-            hint="measure them with: edgeexit profile --meter ... (edgeexit meters lists them)",
-        )
 
     def mean_test(pricing: Pricing, budget: float) -> Callable[[Family, Tally], Floats]:
         return lambda family, tally: mean_p_values(
@@ -735,6 +729,53 @@ def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdic
             "--accept-disturbed",
         )
     return verdict
+
+
+def check_request(
+    record: RecordFile,
+    profile: Profile,
+    target: Target,
+    *,
+    method: str = "path",
+    thresholds: Sequence[float] | None = None,
+    measure: str | None = None,
+    reference: RecordFile | None = None,
+) -> None:
+    """
+    Refuse what tune cannot do whatever the samples say, so that no use of them is counted for it.
+
+    UsageError or BadFile, as tune.
+    """
+    _check_pair(record, profile)
+    if (method == FIXED) != (thresholds is not None):
+        raise UsageError("thresholds: expected with the method 'fixed', and only there")
+    if method != FIXED:
+        _method(method)
+    for name in MEASURES if measure is None else [measure]:
+        choose_name(name, MEASURES, "confidence measure")
+        for spec in record.specs:
+            Confidence(name, spec)
+    if thresholds is not None:
+        if measure is None:
+            raise UsageError(
+                "thresholds: belong to one confidence measure",
+                hint=f"give --measure: {list(MEASURES)}",
+            )
+        if len(thresholds) != len(record.exits) - 1 or any(map(math.isnan, thresholds)):
+            raise UsageError(
+                f"thresholds: {list(thresholds)}, expected {len(record.exits) - 1} numbers or inf: "
+                "one for each exit but the final one"
+            )
+    for split in (TUNING, CERTIFICATE):
+        _rows(record, split)
+    wants_energy = target.minimize == ENERGY or target.energy_budget_mj is not None
+    if wants_energy and profile.energy is None:
+        raise UsageError(
+            "the profile holds no joules",
+            hint="measure them with: edgeexit profile --meter ... (edgeexit meters lists them)",
+        )
+    if reference is not None:
+        reference_correct(record, reference)
 
 
 def check_inputs(bundle: Bundle, record: RecordFile, profile: Profile, device: str) -> None:

@@ -195,6 +195,10 @@ def command(
     bundle = load_bundle(bundle_path or names.only_bundle_here())
     if output is not None:
         check_target(output)
+        if output.resolve().is_relative_to(bundle.path.resolve()):
+            raise UsageError(
+                f"{output}: is the bundle that is tuned, or lies in it", hint="choose another -o"
+            )
     if plot_path is not None:
         plot.check_plot(plot_path)
     if (rival is None) != (rival_profile is None):
@@ -211,6 +215,15 @@ def command(
     record_path, record = _record(bundle, record_path, calibration)
     reference = None if reference_path is None else Record.load(reference_path)
     tune.check_inputs(bundle, record, profile, name)
+    tune.check_request(
+        record,
+        profile,
+        target,
+        method=method,
+        thresholds=thresholds,
+        measure=measure,
+        reference=reference,
+    )
     digests = {
         "record": file_digest(record_path),
         "reference": None if reference_path is None else file_digest(reference_path),
