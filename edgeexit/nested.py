@@ -5,12 +5,12 @@ Callers see learn. Along the path thresholds only fall, so whoever leaves early 
 leaves at least as early under every later one. The path follows the best policies as the price of
 a harmful flip falls (edgeexit.search), with steps between them (PATH-FST: an order learned on
 other samples, as in Pareto Testing, arXiv 2210.07913, for the fixed-sequence test of Learn then
-Test, arXiv 2110.01052). Hidden here: paths over fewer exits are learned, too, and the one is taken
-that on tuning promises the cheapest certified policy.
+Test, arXiv 2110.01052), or one threshold for all exits: on few samples fewer parameters may do
+better, so both are learned on one half of the tuning samples and judged on the other. Hidden here:
+paths over fewer exits are learned, too, and the one is taken that promises the cheapest policy.
 """
 
 import itertools
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -71,7 +71,7 @@ class _Way:
         return _promised(family, family.tally(judge), costs, goal)
 
     def exits(self, record: Record, costs: Costs, goal: tuple[float, int, float]) -> Bools:
-        """The early exits, bool (E - 1,), that a path on *record* should use: one by one dropped."""
+        """The early exits, bool (E - 1,), that a path on *record* should use."""
         problem = Problem(record, costs)
         early = record.exits - 1
 

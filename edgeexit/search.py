@@ -287,29 +287,3 @@ def by_content(record: Record) -> NDArray[Any]:
             key = (key ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
             key ^= key >> np.uint64(31)
     return np.argsort(key, kind="stable")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cheapest(Found):
-    """What cheapest found; never proven to be the best."""
-
-    proven: bool = False
-
-
-def cheapest(confidence: Scores, harmful: Bools, costs: Sequence[float], allowed: int) -> Cheapest:
-    """
-    The thresholds with the least mean cost among those with at most *allowed* harmful exits.
-
-    confidence float32 (N, M) and harmful bool (N, M) speak of the exits before the last; costs
-    (M + 1) are those of the way to each exit and must not fall.
-    """
-    zeros = np.zeros(len(costs))
-    final = np.zeros((len(confidence), 1), np.float32)
-    record = Record(
-        confidence=np.hstack([np.asarray(confidence, np.float32), final]),
-        predicted=np.hstack([harmful, final]).astype(np.int64),
-        label=np.zeros(len(confidence), np.int64),
-        ids=np.arange(len(confidence)),
-    )
-    problem = Problem(record, Costs(np.diff(costs, prepend=0.0), zeros, zeros))
-    return Cheapest(**vars(problem.least(allowed)))
