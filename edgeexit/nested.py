@@ -66,8 +66,7 @@ class _Way:
         self, learned: Record, judge: Record, costs: Costs, goal: tuple[float, int, float]
     ) -> float:
         """What a path that was learned on one record promises on another."""
-        kept = self.exits(learned, costs, goal)
-        family = Family(name="path", thresholds=self.rows(Problem(learned, costs, may_keep=kept)))
+        family = Family(name="path", thresholds=self.rows(Problem(learned, costs)))
         return _promised(family, family.tally(judge), costs, goal)
 
     def exits(self, record: Record, costs: Costs, goal: tuple[float, int, float]) -> Bools:

@@ -277,7 +277,7 @@ def test_the_command_lists_differences_and_exits_3(
         "expected.accuracy",
         "expected.mean_ms",
     ]
-    assert "at 2 places" in shown.err
+    assert "places that differ: 2" in shown.err
 
     assert entry(command(world, "--policy", str(path), "--json")) == BadFile.exit_code
     assert json.loads(capsys.readouterr().out)["holds"] is False

@@ -91,6 +91,7 @@ def command(
             click.echo(f"... and {len(outcome.differences) - _LISTED} more")
     if not outcome.holds:
         raise BadFile(
-            f"{policy_path}: not what its files give, at {len(outcome.differences)} places",
+            f"{policy_path}: not what its files give (places that differ: "
+            f"{len(outcome.differences)})",
             hint="give the very files it was made from, or make it anew with: edgeexit tune",
         )
