@@ -274,7 +274,7 @@ def command(
     found.policy.save(path)
     if plot_path is not None:
         plot.draw(_chart(found, record, reference, bundle.name, advice), plot_path)
-    shipped = None if output is None else _ship(bundle, found.policy, worth, path, output)
+    shipped = None if output is None else _ship(bundle, found.policy, worth, output)
     if as_json:
         document = {
             **found.policy.to_document(),
@@ -292,9 +292,7 @@ def command(
             click.echo(f"wrote {made}", err=True)
 
 
-def _ship(
-    bundle: "Bundle", policy: "Policy", worth: "Worth", policy_path: Path, output: Path
-) -> Path:
+def _ship(bundle: "Bundle", policy: "Policy", worth: "Worth", output: Path) -> Path:
     """Write what the verdict says to ship: the exits kept with their policy, or one exit alone."""
     import shutil
 
