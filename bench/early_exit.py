@@ -49,8 +49,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         bundle = demo.copy_of_shipped_bundle(Path(folder))
         costs = profiled(bundle, time_cap_s=40)
-        target = tune.Target(max_accuracy_drop=demo.MAX_ACCURACY_DROP)
-        policy = tune.tune(demo.shipped_record(), costs, target, accept_disturbed=True).policy
+        request = tune.Request(target=tune.Target(max_accuracy_drop=demo.MAX_ACCURACY_DROP))
+        policy = tune.tune(demo.shipped_record(), costs, request, accept_disturbed=True).policy
         policy.save(bundle.policy_path("host"))
         report = find_set("fashion-mnist").split("report")
         full, tuned = evaluate(bundle, report, None), evaluate(bundle, report, policy)

@@ -57,9 +57,9 @@ def main() -> None:
         for name, (file, record) in zip(NAMES, shipped, strict=True):
             bundle = demo.copy_of_shipped_bundle(Path(folder), file)
             costs = profiled(bundle, time_cap_s=30)
-            target = tune.Target(max_accuracy_drop=demo.MAX_ACCURACY_DROP)
+            request = tune.Request(target=tune.Target(max_accuracy_drop=demo.MAX_ACCURACY_DROP))
             policy = tune.tune(
-                demo.shipped_record(record), costs, target, accept_disturbed=True
+                demo.shipped_record(record), costs, request, accept_disturbed=True
             ).policy
             policy.save(bundle.policy_path("host"))
             figures |= {

@@ -24,8 +24,10 @@ from edgeexit.policy import Policy
 from edgeexit.preprocess import load_image
 from edgeexit.profile import Profile
 from edgeexit.race import Race, race
+from edgeexit.request import CERTIFICATE, TUNING, Request, check_inputs
 from edgeexit.runtime import Prediction, Runner
 from edgeexit.samples import CalibrationSet, find_set
+from edgeexit.targets import Target
 from edgeexit.worth import Worth
 
 BUNDLE = "fashion.edgeexit"
@@ -207,10 +209,10 @@ def _tuned(
     step(f"{word}profile", 1.0)
     if logits is None:
         logits = _fresh_record(bundle, origin, lambda name, done: step(word + name, done))
-    tune.check_inputs(bundle, logits, costs, device)
+    check_inputs(bundle, logits, costs, device)
     # It shows what comes out here and now: on a restless machine that is said, not refused.
-    target = tune.Target(max_accuracy_drop=MAX_ACCURACY_DROP)
-    found = tune.tune(logits, costs, target, accept_disturbed=True)
+    request = Request(target=Target(max_accuracy_drop=MAX_ACCURACY_DROP))
+    found = tune.tune(logits, costs, request, accept_disturbed=True)
     policy = found.policy
     policy.save(bundle.policy_path(device))
     step(f"{word}tune", 1.0)
@@ -248,7 +250,7 @@ def shipped_record(name: str = RECORD) -> Record:
 
 
 def _fresh_record(bundle: Bundle, origin: CalibrationSet, step: Step) -> Record:
-    parts = [origin.split(split) for split in (tune.TUNING, tune.CERTIFICATE)]
+    parts = [origin.split(split) for split in (TUNING, CERTIFICATE)]
     total, answered = sum(map(len, parts)), 0
 
     def advance(answers: int) -> None:

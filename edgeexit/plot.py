@@ -404,9 +404,9 @@ def _auroc(axes: "Axes", shown: Chart) -> None:
 def _advice(axes: "Axes", shown: Chart) -> None:
     assert shown.advice is not None
     advice = shown.advice
-    for is_predicted, look, label in (
-        (False, {"color": BLUE, "marker": "o", "ls": "-"}, "parts of the labels at hand"),
-        (True, {"color": RED, "marker": "s", "ls": "--", "mfc": "white"}, "predicted"),
+    for is_predicted, color, marker, line, label in (
+        (False, BLUE, "o", "-", "parts of the labels at hand"),
+        (True, RED, "s", "--", "predicted"),
     ):
         # The prediction starts where the labels end.
         rows = [
@@ -426,7 +426,10 @@ def _advice(axes: "Axes", shown: Chart) -> None:
             lw=1,
             elinewidth=0.7,
             label=label,
-            **look,  # type: ignore[arg-type]
+            color=color,
+            marker=marker,
+            ls=line,
+            mfc="white" if is_predicted else color,
         )
     axes.axvline(advice.present, color=GREY, ls=":", lw=1, label=f"now: {advice.present:,}")
     axes.set_xscale("log")

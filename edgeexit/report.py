@@ -22,7 +22,7 @@ from edgeexit.policy import DROPPED, Policy
 from edgeexit.prices import FITTED
 from edgeexit.profile import Estimate, Profile
 from edgeexit.verdict import NO_EXITS, named, unseen, watched
-from edgeexit.worth import Worth
+from edgeexit.worth import FULL, POLICY, RIVAL, STATIC, Worth
 
 # A saving below this is within what two measurements of one thing differ by.
 _WIDTH = 100
@@ -345,6 +345,7 @@ def promise(policy: Policy) -> str:
 def policy_table(policy: Policy, worth: Worth) -> str:
     """The exits with thresholds, rates and ms; expectations beside the rivals; the promise."""
     expected, held = policy.expected, policy.certificate
+    without = uncertified(policy, worth)
     rows = []
     shares = zip(policy.exits, expected["exit_rates"], expected["exit_accuracy"], strict=True)
     for name, rate, alone in shares:
@@ -372,7 +373,24 @@ def policy_table(policy: Policy, worth: Worth) -> str:
             f"{held['helpful']} right (drop {held['drop']:+.2%}).",
             _wrapped(promise(policy)),
             _wrapped(worth.sentence[0].upper() + worth.sentence[1:] + "."),
+            *([] if without is None else [_wrapped(f"{without[0].upper()}{without[1:]}.")]),
         ]
+    )
+
+
+def uncertified(policy: Policy, worth: Worth) -> str | None:
+    """That what *worth* proposes to ship carries no certificate; None if it does, or needs none."""
+    kind = FULL if (worth.ship, worth.static_exit) == (STATIC, policy.exits[-1]) else worth.ship
+    # The full network loses nothing against itself.
+    is_reference = kind == FULL and policy.certificate["digests"]["reference"] is None
+    if kind == POLICY or is_reference:
+        return None
+    row = next(row for row in worth.rows if row.kind == kind)
+    seen = row.accuracy
+    what = f"the {row.title}" if kind == RIVAL else f"exit {_short(worth.static_exit)!r} alone"
+    return (
+        f"no certificate: accuracy of {what} as measured on {row.samples} certificate samples: "
+        f"{seen.value:.2%} ({seen.low:.2%} .. {seen.high:.2%})"
     )
 
 

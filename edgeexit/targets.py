@@ -173,15 +173,8 @@ def share_later(profile: Profile, kept: Sequence[str], exit: str, limit_ns: floa
     The larger of the exact 95 % bound over all single calls and a normal one over processes. A set
     of exits that was not timed counts like the one with all exits, which takes longer.
     """
-    case = profile.case(tuple(kept), exit) or profile.case(profile.exits, exit)
-    if case is None:
-        return 1.0
-    place = profile.cases.index(case)
     shares, late, count = [], 0, 0
-    for process in profile.processes:
-        calls = np.array(
-            [call for block in process.blocks if block.case == place for call in block.calls_ns]
-        )
+    for calls in _calls_ns(profile, kept, exit):
         if len(calls):
             shares.append(float((calls > limit_ns).mean()))
             late, count = late + int((calls > limit_ns).sum()), count + len(calls)
@@ -190,3 +183,37 @@ def share_later(profile: Profile, kept: Sequence[str], exit: str, limit_ns: floa
     spread = float(np.std(shares, ddof=1)) if len(shares) > 1 else 0.0
     between = float(np.mean(shares)) + _LEAST_MARGIN_SE * spread / math.sqrt(len(shares))
     return max(bounds.upper_bound(late, count), between)
+
+
+def quantile_ns(profile: Profile, kept: Sequence[str], rates: Floats, share: float) -> float:
+    """
+    What *share* of all answers take at most, as the single calls of *profile* tell it.
+
+    rates (E,) say who leaves at which of its exits, only at *kept* ones. inf where the profile
+    tells too little, nothing is added for what it may be wrong by.
+    """
+    times, weights = [], []
+    for exit, rate in zip(profile.exits, rates.tolist(), strict=True):
+        if rate > 0:
+            calls = np.concatenate([np.empty(0), *_calls_ns(profile, kept, exit)])
+            times.append(calls if len(calls) else np.array([np.inf]))
+            weights.append(np.full(len(times[-1]), rate / len(times[-1])))
+    ordered = np.argsort(np.concatenate(times))
+    below = np.cumsum(np.concatenate(weights)[ordered])
+    place = int(np.searchsorted(below, share * below[-1]))
+    return float(np.concatenate(times)[ordered[min(place, len(ordered) - 1)]])
+
+
+def _calls_ns(profile: Profile, kept: Sequence[str], exit: str) -> list[NDArray[np.int64]]:
+    """The single calls of each process that left at *exit*, with all exits kept if need be."""
+    case = profile.case(tuple(kept), exit) or profile.case(profile.exits, exit)
+    if case is None:
+        return []
+    place = profile.cases.index(case)
+    return [
+        np.array(
+            [call for block in process.blocks if block.case == place for call in block.calls_ns],
+            np.int64,
+        )
+        for process in profile.processes
+    ]

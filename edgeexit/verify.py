@@ -1,13 +1,13 @@
 """
 Whether a policy is what its files give: everything is computed anew and compared.
 
-Callers see verify, Outcome, and asked, by which the ledger knows a use again. Hidden here: files
-are compared by their very bytes first, because an altered record or profile may still be read as a
-sound one; of the policy's own words only what was asked for is believed, and that only if the
-ledger knows it; the policy's bytes are compared as well, so that no altered bit is lost in reading.
+Callers see verify and Outcome. Hidden here: files are compared by their very bytes first, because
+an altered record or profile may still be read as a sound one; of the policy's own words only what
+was asked for is believed, and that only if the ledger knows it; the policy's bytes are compared as
+well, so that no altered bit is lost in reading.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from edgeexit.evaluate import Record
 from edgeexit.files import Table, file_digest, json_bytes, parse_json, read_bytes
 from edgeexit.policy import Policy
 from edgeexit.profile import Profile
-from edgeexit.targets import Target
+from edgeexit.request import CERTIFICATE, Request, check_inputs
 
 _SHOWN = 60
 
@@ -56,29 +56,6 @@ class Outcome:
             asked = f"the accuracy drops by at most {certificate['level']:.4g}"
         of = f"{target['confidence']:.4g} confidence, {certificate['samples']} samples"
         return f"{asked} ({of}, use {certificate['ledger']['use']} of them): recomputed, all equal"
-
-
-def asked(
-    digests: Mapping[str, str | None],
-    target: Target,
-    *,
-    method: str,
-    thresholds: Sequence[float] | None,
-    measure: str | None,
-    seed: int,
-) -> str:
-    """The ledger's request digest of one call of tune: of all files and options that decide."""
-    return ledger.request_digest(
-        {
-            "made_by": __version__,
-            **digests,
-            **target.to_document(),
-            "method": method,
-            "thresholds": None if thresholds is None else list(map(str, thresholds)),
-            "measure": measure,
-            "seed": seed,
-        }
-    )
 
 
 def verify(
@@ -118,7 +95,7 @@ def verify(
         return Outcome(policy=policy, differences=tuple(found))
     record, profile = Record.load(record_path), Profile.load(profile_path)
     reference = None if reference_path is None else Record.load(reference_path)
-    tune.check_inputs(bundle, record, profile, policy.device)
+    check_inputs(bundle, record, profile, policy.device)
     if ledger_path is None:
         ledger_path = ledger.place(record.set_name, record.set_digest, record_path)
     try:
@@ -147,18 +124,9 @@ def _recomputed(
 ) -> Policy:
     """What tune makes of the files for what the policy says was asked, if the ledger knows that."""
     try:
-        target = Target.from_document(document.table("target"))
-        method = str(policy.certificate["method"])
-        request = asked(
-            digests,
-            target,
-            method=method,
-            thresholds=tune.thresholds_asked(document.table("provenance")),
-            measure=policy.provenance["measure_asked"],
-            seed=policy.certificate["seed"],
-        )
+        request = Request.from_policy(document)
         made_by = policy.provenance["made_by"]
-    except (EdgeExitError, KeyError, TypeError) as error:
+    except (EdgeExitError, KeyError) as error:
         raise _Unlike(f"certificate: does not tell how it was made: {error}") from error
     if made_by != __version__:
         raise _Unlike(
@@ -167,14 +135,20 @@ def _recomputed(
         )
     if not ledger_path.exists():
         raise _Unlike(f"{ledger_path}: no ledger, expected the one that counted this use")
-    key = ledger.split_key(record.digests[record.rows(tune.CERTIFICATE)])
-    use = ledger.find(ledger_path, key, request)
+    key = ledger.split_key(record.digests[record.rows(CERTIFICATE)])
+    use = ledger.find(ledger_path, key, request.digest(digests))
     if use is None:
         raise _Unlike(
             f"{ledger_path}: knows no use of these samples for what the policy says was asked"
         )
     try:
-        return tune.recompute(policy, record, profile, reference, use, digests)
+        return tune.tune(
+            *(record, profile, request),
+            reference=reference,
+            use=use,
+            digests=digests,
+            accept_disturbed=True,
+        ).policy
     except EdgeExitError as error:
         raise _Unlike(f"certificate: cannot be made again: {error}") from error
 

@@ -10,7 +10,7 @@ only from above is judged by its lower bound. Pure: no clock, no file, no proces
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -264,13 +264,29 @@ def _check(
     if rate_hz is not None and not 0 < rate_hz < 1e6:
         raise UsageError(f"rate: expected inputs a second above 0, found {rate_hz}")
     if rival is not None:
-        for what in ("device", "threads", "mode"):
-            mine, theirs = getattr(profile, what), getattr(rival.profile, what)
-            if mine != theirs:
-                raise UsageError(
-                    f"rival {rival.name}: {what} {theirs}, expected {mine}",
-                    hint="measure both bundles alike with: edgeexit profile",
-                )
+        check_rival(rival.name, profile, rival.profile)
+
+
+def check_rival(name: str, profile: Profile, other: Profile, by: str = MS) -> None:
+    """
+    Refuse (UsageError) the profile *other* of a rival that was not measured as *profile* was.
+
+    With *by* "mj" also if its joules cannot be compared with those of *profile*.
+    """
+    for what in ("device", "threads", "mode"):
+        mine, theirs = getattr(profile, what), getattr(other, what)
+        if mine != theirs:
+            raise UsageError(
+                f"rival {name}: {what} {theirs}, expected {mine}",
+                hint="measure both bundles alike with: edgeexit profile",
+            )
+    cost = _Costs(other, None).alone(other.exits[-1])
+    label = "none" if profile.energy is None else profile.energy.label
+    if by == MJ and (cost.mj is None or cost.label != label):
+        raise UsageError(
+            f"rival {name}: joules {cost.label if cost.mj else 'none'!r}, expected {label!r}",
+            hint="measure both bundles alike with: edgeexit profile --meter ...",
+        )
 
 
 # ---------------------------------------------------------------- what things cost, with doubt
@@ -335,12 +351,17 @@ class _Cost:
     label: str
 
     def shuffled(self, order: NDArray[np.int64]) -> "_Cost":
-        found = {
-            name: None if drawn is None else drawn.shuffled(order)
-            for name, drawn in vars(self).items()
-            if name not in ("origin", "label")
-        }
-        return _Cost(origin=self.origin, label=self.label, **found)  # type: ignore[arg-type]
+        def moved(drawn: _Drawn | None) -> _Drawn | None:
+            return None if drawn is None else drawn.shuffled(order)
+
+        return replace(
+            self,
+            ms=self.ms.shuffled(order),
+            mj=moved(self.mj),
+            end_ms=moved(self.end_ms),
+            busy=moved(self.busy),
+            frame_mj=moved(self.frame_mj),
+        )
 
 
 class _Costs:

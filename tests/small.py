@@ -243,7 +243,7 @@ def made_energy(
 
 def made_policy(**more: object) -> Policy:
     """What tune chooses from the made record and profile."""
-    from edgeexit.tune import Target, tune
+    from edgeexit.tune import Request, Target, tune
 
     record = made_record(**more)  # type: ignore[arg-type]
-    return tune(record, made_profile(), Target(max_accuracy_drop=0.01)).policy
+    return tune(record, made_profile(), Request(target=Target(max_accuracy_drop=0.01))).policy

@@ -12,8 +12,10 @@ from edgeexit.collect import Progress
 from edgeexit.energy import Energy, Trace
 from edgeexit.evaluate import Evaluation
 from edgeexit.profile import Estimate
+from edgeexit.request import Request
 from edgeexit.state import Reading
-from edgeexit.tune import Target, tune
+from edgeexit.targets import Target
+from edgeexit.tune import tune
 
 PROFILE = built_profile()
 
@@ -155,8 +157,11 @@ def test_the_live_line_says_how_it_stands(throttled: int, said: str) -> None:
 # ---------------------------------------------------------------- policies and evaluations
 
 
+ASKED = Request(target=Target(max_accuracy_drop=0.01))
+
+
 def test_a_policy_shows_its_promise_and_its_verdict() -> None:
-    found = tune(made_record(), made_profile(), Target(max_accuracy_drop=0.01))
+    found = tune(made_record(), made_profile(), ASKED)
     text = " ".join(report.policy_table(found.policy, found.worth).split())
     assert "Early exit pays here" in text
     assert "Certified with 95% confidence on 2000 samples" in text
@@ -164,7 +169,7 @@ def test_a_policy_shows_its_promise_and_its_verdict() -> None:
     dear = tune(
         made_record(skill=(0.0, 0.0, 7.0)),
         made_profile(head=90e3),
-        Target(max_accuracy_drop=0.01),
+        ASKED,
     )
     assert "does not pay here" in " ".join(report.policy_table(dear.policy, dear.worth).split())
 

@@ -11,13 +11,18 @@ from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.ledger import Entry
 from edgeexit.overlap import Bloom
 from edgeexit.policy import DROPPED, Confidence, Policy
+from edgeexit.request import Request, check_inputs, check_verdict
 from edgeexit.search import leaves_at
 from edgeexit.state import Reading
 
 
 def tuned(record, profile, drop: float, measure: str | None = None, **more: object) -> Policy:
-    target = tune.Target(max_accuracy_drop=drop)
-    return tune.tune(record, profile, target, measure=measure, **more).policy
+    request = asked(measure, max_accuracy_drop=drop)
+    return tune.tune(record, profile, request, **more).policy
+
+
+def asked(measure: str | None = None, **target: object) -> Request:
+    return Request(target=tune.Target(**target), measure=measure)
 
 
 def harmful_on(record, policy: Policy, split: str) -> int:
@@ -151,11 +156,11 @@ def test_inputs_of_something_else_or_used_before_are_refused(tmp_path) -> None:
 
     def check(bundle, record=record, profile=profile, device="host") -> None:
         fit = replace(record, bundle_digest=bundle.digest)
-        tune.check_inputs(bundle, fit, replace(profile, bundle_digest=bundle.digest), device)
+        check_inputs(bundle, fit, replace(profile, bundle_digest=bundle.digest), device)
 
     check(plain)
     with pytest.raises(BadFile, match=f"the record is of bundle {DIGEST[:12]}"):
-        tune.check_inputs(plain, record, profile, "host")
+        check_inputs(plain, record, profile, "host")
     with pytest.raises(BadFile, match="measured on 'host', expected 'rpi4'"):
         check(plain, device="rpi4")
     with pytest.raises(BadFile, match="3 samples were already used for the activation ranges"):
@@ -216,7 +221,7 @@ def test_a_latency_budget_takes_the_most_accurate_policy_within_it() -> None:
     record, profile = made_record(), made_profile()
     drops = []
     for budget in (0.2, 0.24, 0.28, 0.32):
-        found = tune.tune(record, profile, tune.Target(latency_budget_ms=budget))
+        found = tune.tune(record, profile, asked(latency_budget_ms=budget))
         assert found.policy.expected["mean_ms"] <= budget
         drops.append(found.policy.certificate["drop"])
     assert drops == sorted(drops, reverse=True)
@@ -224,15 +229,15 @@ def test_a_latency_budget_takes_the_most_accurate_policy_within_it() -> None:
 
 def test_a_budget_below_the_first_exit_is_out_of_reach() -> None:
     with pytest.raises(OutOfReach, match="no policy is certified"):
-        tune.tune(made_record(), made_profile(), tune.Target(latency_budget_ms=0.05))
+        tune.tune(made_record(), made_profile(), asked(latency_budget_ms=0.05))
 
 
 def test_two_targets_hold_together_and_share_the_risk() -> None:
-    target = tune.Target(max_accuracy_drop=0.02, latency_budget_ms=0.29)
-    policy = tune.tune(made_record(), made_profile(), target).policy
+    request = asked(max_accuracy_drop=0.02, latency_budget_ms=0.29)
+    policy = tune.tune(made_record(), made_profile(), request).policy
     assert policy.certificate["delta"] == pytest.approx(0.025)
     assert policy.expected["mean_ms"] <= 0.29
-    tight = tune.Target(max_accuracy_drop=0.001, latency_budget_ms=0.12)
+    tight = asked(max_accuracy_drop=0.001, latency_budget_ms=0.12)
     with pytest.raises(OutOfReach):
         tune.tune(made_record(4000, 4000), made_profile(), tight)
 
@@ -240,13 +245,13 @@ def test_two_targets_hold_together_and_share_the_risk() -> None:
 def test_a_p95_keeps_the_share_of_late_answers_within_five_per_cent() -> None:
     # Leaving at exit1 takes 0.21 ms, at the end 0.31: at most 5 % may get there.
     profile = made_profile(blocks=40)  # so many calls that 1 % late ones would show
-    policy = tune.tune(made_record(), profile, tune.Target(p95_ms=0.25)).policy
+    policy = tune.tune(made_record(), profile, asked(p95_ms=0.25)).policy
     assert policy.expected["exit_rates"][2] < 0.05
 
 
 def test_an_energy_budget_needs_joules() -> None:
     with pytest.raises(UsageError, match="no joules"):
-        tune.tune(made_record(), made_profile(), tune.Target(energy_budget_mj=3.0))
+        tune.tune(made_record(), made_profile(), asked(energy_budget_mj=3.0))
 
 
 def test_energy_follows_time_at_one_power() -> None:
@@ -254,8 +259,8 @@ def test_energy_follows_time_at_one_power() -> None:
     pairs = [*((EXITS, name) for name in EXITS), *(((name,), name) for name in EXITS)]
     profile = replace(plain, energy=made_energy(plain, pairs, power_mw=3000.0))
     by_time = tuned(made_record(), profile, 0.01)
-    target = tune.Target(max_accuracy_drop=0.01, minimize="energy")
-    by_energy = tune.tune(made_record(), profile, target).policy
+    request = asked(max_accuracy_drop=0.01, minimize="energy")
+    by_energy = tune.tune(made_record(), profile, request).policy
     assert by_energy.thresholds == by_time.thresholds
 
 
@@ -278,14 +283,14 @@ def test_what_the_profile_says_of_itself_does_not_count() -> None:
     # made_profile carries the verdict "clean", whatever its readings say.
     assert made_profile(**THROTTLED).verdict.status == "clean"
     with pytest.raises(Disturbed):
-        tune.check_verdict(made_profile(**THROTTLED))
+        check_verdict(made_profile(**THROTTLED))
 
 
 def test_an_emulated_machine_is_refused_and_sends_to_the_board() -> None:
     profile = made_profile(device="rpi4", emulated="qemu-user runs this program")
 
     with pytest.raises(Disturbed, match="qemu-user") as caught:
-        tune.check_verdict(profile)
+        check_verdict(profile)
     assert "on the rpi4 itself" in caught.value.hint
 
 

@@ -19,9 +19,10 @@ from edgeexit.evaluate import Record
 from edgeexit.files import json_bytes
 from edgeexit.policy import Policy
 from edgeexit.profile import Profile
-from edgeexit.verify import Outcome, asked, differences, verify
+from edgeexit.verify import Outcome, differences, verify
 
 TARGET = tune.Target(max_accuracy_drop=0.02, confidence=0.9)
+REQUEST = tune.Request(target=TARGET, method="shared", measure="max_prob")
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,7 @@ class World:
 
     def spend(self, record: Record, digests: dict[str, str | None], **options: Any) -> ledger.Entry:
         key = ledger.split_key(record.digests[record.rows("certificate")])
-        chosen = {"method": "shared", "thresholds": None, "measure": "max_prob", "seed": 0}
-        request = asked(digests, TARGET, **{**chosen, **options})
+        request = replace(REQUEST, **options).digest(digests)
         return ledger.spend(self.folder / "ledger.json", key, request, {"level": 0.02})
 
 
@@ -73,9 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     digests = tune.input_digests(record, profile, reference)
     made.spend(record, digests, seed=7)
     tuned = tune.tune(
-        *(record, profile, TARGET),
-        method="shared",
-        measure="max_prob",
+        *(record, profile, REQUEST),
         reference=reference,
         use=made.spend(record, digests),
     )
@@ -200,14 +198,14 @@ def test_only_the_use_that_was_counted_is_believed(world: World, tmp_path: Path)
     policy = Policy.load(world.policy)
     known, known_digests = policy.certificate["ledger"], policy.certificate["digests"]
     first = ledger.Entry(use=1, request=known["request"], at=known["at"], facts={}, digest="")
-    made = tune.recompute(
-        policy,
+    made = tune.tune(
         Record.load(world.folder / "record.npz"),
         Profile.load(world.folder / "profile-host.json"),
-        Record.load(world.folder / "reference.npz"),
-        first,
-        known_digests,
-    )
+        REQUEST,
+        reference=Record.load(world.folder / "reference.npz"),
+        use=first,
+        digests=known_digests,
+    ).policy
     path = tmp_path / "first.json"
     made.save(path)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from edgeexit.cli import finite, progress
-from edgeexit.errors import UsageError, printable
+from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.advisor import Advice
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from edgeexit.evaluate import Record
     from edgeexit.plot import Chart
     from edgeexit.policy import Policy
-    from edgeexit.profile import Profile
-    from edgeexit.targets import Target
     from edgeexit.tune import Tuned
     from edgeexit.worth import Worth
 
@@ -37,11 +35,11 @@ def _in(unit: str) -> Callable[[click.Context, click.Parameter, str | None], flo
 
 def _thresholds(
     ctx: click.Context, param: click.Parameter, value: str | None
-) -> list[float] | None:
+) -> tuple[float, ...] | None:
     if value is None:
         return None
     try:
-        return [float(part) for part in value.split(",")]
+        return tuple(map(float, value.split(",")))
     except ValueError:
         raise click.BadParameter(f"{value!r}: expected numbers, for example 0.9,inf") from None
 
@@ -136,7 +134,7 @@ def command(
     confidence: float,
     minimize: str,
     method: str,
-    thresholds: list[float] | None,
+    thresholds: tuple[float, ...] | None,
     measure: str | None,
     rate_hz: float | None,
     ledger_path: Path | None,
@@ -166,31 +164,31 @@ def command(
     BUNDLE/policies/DEVICE.json. A profile that was disturbed is refused (exit 6); one that has
     not converged gives a warning. edgeexit verify recomputes all of it.
     """
-    from edgeexit import advisor, device, ledger, names, plot, report, tune, verify
-    from edgeexit.blocks import CLEAN
+    from edgeexit import advisor, device, ledger, names, plot, report, tune
     from edgeexit.bundle import check_target, load_bundle
+    from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
-    from edgeexit.families import METHODS
     from edgeexit.files import file_digest, json_bytes
-    from edgeexit.policy import MEASURES
-    from edgeexit.profile import Profile
+    from edgeexit.request import CERTIFICATE, Request, check_inputs
 
     budgets = (latency_budget, energy_budget, p95)
     if max_accuracy_drop is None and not any(budget is not None for budget in budgets):
         max_accuracy_drop = 0.01
-    target = tune.Target(
-        max_accuracy_drop=max_accuracy_drop,
-        latency_budget_ms=latency_budget,
-        energy_budget_mj=energy_budget,
-        p95_ms=p95,
-        confidence=confidence,
-        minimize=minimize,
-        rate_hz=rate_hz,
+    request = Request(
+        target=tune.Target(
+            max_accuracy_drop=max_accuracy_drop,
+            latency_budget_ms=latency_budget,
+            energy_budget_mj=energy_budget,
+            p95_ms=p95,
+            confidence=confidence,
+            minimize=minimize,
+            rate_hz=rate_hz,
+        ),
+        method=method,
+        thresholds=thresholds,
+        measure=measure,
+        seed=seed,
     )
-    if measure is not None:
-        names.choose(measure, MEASURES, "confidence measure")
-    if method != tune.FIXED:
-        names.choose(method, {**METHODS, tune.FIXED: None}, "method")
     name = device.find_device(device_name or device.this_device()).name
     bundle = load_bundle(bundle_path or names.only_bundle_here())
     if output is not None:
@@ -204,63 +202,50 @@ def command(
     if (rival is None) != (rival_profile is None):
         raise UsageError("--rival and --rival-profile: expected both or none of them")
     source = profile_path or Path(f"profile-{name}.json")
-    if not source.exists():
-        raise UsageError(
-            f"{source}: no profile", hint=f"make it with: edgeexit profile --device {name}"
-        )
-    profile = Profile.load(source)
-    verdict = tune.check_verdict(profile, accept_disturbed=accept_disturbed)
-    if verdict.status != CLEAN:
-        click.echo(f"warning: {source}: {printable(str(verdict))}", err=True)
-    record_path, record = _record(bundle, record_path, calibration)
+    profile = load_profile(source, name, accept_disturbed)
+    record_path, record = find_record(bundle, record_path, calibration)
     reference = None if reference_path is None else Record.load(reference_path)
-    tune.check_inputs(bundle, record, profile, name)
-    tune.check_request(
-        record,
-        profile,
-        target,
-        method=method,
-        thresholds=thresholds,
-        measure=measure,
-        reference=reference,
-    )
+    check_inputs(bundle, record, profile, name)
+    request.check(record, profile, reference)
+    other = None
+    if rival is not None and rival_profile is not None:
+        other = challenger(rival, rival_profile, calibration, accept_disturbed)
+        other.check(record, profile, request)
     digests = {
         "record": file_digest(record_path),
         "reference": None if reference_path is None else file_digest(reference_path),
         "bundle": bundle.digest,
         "profile": file_digest(source),
     }
-    request = verify.asked(
-        digests, target, method=method, thresholds=thresholds, measure=measure, seed=seed
-    )
-    key = ledger.split_key(record.digests[record.rows(tune.CERTIFICATE)])
+    key = ledger.split_key(record.digests[record.rows(CERTIFICATE)])
     counted = ledger_path or ledger.place(
         calibration or record.set_name, record.set_digest, record_path
     )
-    delta = ledger.share(1.0 - confidence, ledger.next_use(counted, key, request))
-    tune.check_feasible(len(record.rows(tune.CERTIFICATE)), target, delta)
+    asked = request.digest(digests)
+    delta = ledger.share(1.0 - confidence, ledger.next_use(counted, key, asked))
+    tune.check_feasible(len(record.rows(CERTIFICATE)), request.target, delta)
+    # Nothing that could have been refused before may be refused from here on: it would cost a use.
     use = ledger.spend(
         counted,
         key,
-        request,
+        asked,
         {"level": max_accuracy_drop, "method": method, "bundle": bundle.name, "device": name},
     )
     found = tune.tune(
         record,
         profile,
-        target,
-        method=method,
-        thresholds=thresholds,
-        measure=measure,
+        request,
         reference=reference,
         use=use,
         digests=digests,
-        seed=seed,
         accept_disturbed=accept_disturbed,
     )
-    worth = found.worth
-    if rival is not None and rival_profile is not None:
-        worth = _against(found, record, profile, target, rival, rival_profile, calibration)
+    path = bundle.policy_path(name)
+    if path.exists():
+        click.echo(f"note: replaces {path}", err=True)
+    found.policy.save(path)
+    click.echo(f"wrote {path}", err=True)
+    worth = found.worth if other is None else other.against(found, record, profile, request)
     advice = None
     if advise:
         with progress(length=100, label="advice") as bar:
@@ -268,18 +253,13 @@ def command(
                 *(found.method, found.tuning, found.certificate, found.costs_ns, found.goal),
                 on_step=lambda done: bar.update(round(100 * done) - bar.pos),
             )
-    path = bundle.policy_path(name)
-    if path.exists():
-        click.echo(f"note: replaces {path}", err=True)
-    found.policy.save(path)
-    if plot_path is not None:
-        plot.draw(_chart(found, record, reference, bundle.name, advice), plot_path)
-    shipped = None if output is None else _ship(bundle, found.policy, worth, output)
+    uncertified = report.uncertified(found.policy, worth)
     if as_json:
         document = {
             **found.policy.to_document(),
             "early_exit_pays": worth.pays,
             "worth": worth.to_document(),
+            "uncertified": uncertified,
             "advice": None if advice is None else advice.to_document(),
         }
         click.echo(json_bytes(document), nl=False)
@@ -287,62 +267,32 @@ def command(
         click.echo(report.policy_table(found.policy, worth))
         if advice is not None:
             click.echo(f"Advice: {advice.sentence}")
-    for made in (path, plot_path, shipped):
-        if made is not None:
-            click.echo(f"wrote {made}", err=True)
+    # What may fail for want of space comes last: policy and tables are there by then.
+    if output is not None:
+        _ship(bundle, found.policy, worth, output)
+        click.echo(f"wrote {output}", err=True)
+    if plot_path is not None:
+        plot.draw(_chart(found, record, reference, bundle.name, advice), plot_path)
+        click.echo(f"wrote {plot_path}", err=True)
 
 
-def _ship(bundle: "Bundle", policy: "Policy", worth: "Worth", output: Path) -> Path:
+def _ship(bundle: "Bundle", policy: "Policy", worth: "Worth", output: Path) -> None:
     """Write what the verdict says to ship: the exits kept with their policy, or one exit alone."""
     import shutil
 
     from edgeexit.errors import storage
     from edgeexit.files import new_folder
     from edgeexit.recut import recut
-    from edgeexit.worth import STATIC
+    from edgeexit.worth import RIVAL, STATIC
 
+    if worth.ship == RIVAL:
+        click.echo(f"note: {output} holds this policy, although the rival is better", err=True)
     kept = (worth.static_exit,) if worth.ship == STATIC else policy.kept
     if kept != bundle.exits:
         recut(bundle, kept, output)
-        return output
+        return
     with new_folder(output) as folder, storage(output):
         shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
-    return output
-
-
-def _against(
-    found: "Tuned",
-    record: "Record",
-    profile: "Profile",
-    target: "Target",
-    rival: Path,
-    rival_profile: Path,
-    calibration: str | None,
-) -> "Worth":
-    """The verdict once more, with a network of the user's own beside the others."""
-    from edgeexit import tune
-    from edgeexit.bundle import load_bundle
-    from edgeexit.profile import Profile
-    from edgeexit.worth import Rival
-
-    theirs = load_bundle(rival)
-    costs = Profile.load(rival_profile)
-    tune.check_verdict(costs, accept_disturbed=True)
-    if costs.bundle_digest != theirs.digest:
-        raise UsageError(f"{rival_profile}: not the profile of {rival}")
-    answers = _fresh_record(theirs, calibration)
-    right = tune.reference_correct(record, answers)
-    used = record.splits == tune.CERTIFICATE
-    lost = float(found.certificate.reference.mean()) - float(right[used].mean())
-    level = 0.01 if target.max_accuracy_drop is None else target.max_accuracy_drop
-    made = Rival(
-        name=theirs.name,
-        profile=costs,
-        accuracy=(int(right[used].sum()), int(used.sum())),
-        within_budget=lost <= level,
-    )
-    chosen = found.family.policy(found.position)
-    return tune.contest(chosen, found.certificate, profile, target, made)
 
 
 def _chart(
@@ -356,11 +306,12 @@ def _chart(
 
     from edgeexit import plot, ranking, tune
     from edgeexit.decision import Costs
+    from edgeexit.request import CERTIFICATE, TUNING
 
     times = found.costs_ns
     real = None
     if reference is not None:
-        rows = np.flatnonzero(np.isin(reference.splits, (tune.TUNING, tune.CERTIFICATE)))
+        rows = np.flatnonzero(np.isin(reference.splits, (TUNING, CERTIFICATE)))
         view = tune.seen_through(reference, found.policy.measure, rows)
         real = ranking.rankings(
             view.confidence, view.correct, reference.exits, measure=found.policy.measure
@@ -380,53 +331,3 @@ def _chart(
         real=real,
         advice=advice,
     )
-
-
-def _record(bundle: "Bundle", path: Path | None, calibration: str | None) -> "tuple[Path, Record]":
-    """The record that was named, that lies here for this very bundle, or a new one, saved."""
-    from edgeexit.evaluate import Record
-
-    if path is not None:
-        return path, Record.load(path)
-    path = Path(f"{bundle.path.resolve().stem}-record.npz")
-    if path.exists() and calibration is None:
-        found = Record.load(path)
-        if found.bundle_digest == bundle.digest:
-            click.echo(f"record: {path}", err=True)
-            return path, found
-        click.echo(f"note: {path} is of another bundle, it is made anew", err=True)
-    made = _fresh_record(bundle, calibration)
-    made.save(path)
-    click.echo(f"wrote {path}", err=True)
-    return path, made
-
-
-def _fresh_record(bundle: "Bundle", calibration: str | None) -> "Record":
-    """Run the tuning and certificate splits of the set that the bundle names."""
-    from edgeexit import tune
-    from edgeexit.errors import BadFile
-    from edgeexit.evaluate import record
-    from edgeexit.samples import find_set, load_samples
-
-    named = bundle.calibration_set
-    if named is None:
-        raise UsageError(
-            f"{bundle.path}: names no calibration set",
-            hint="give --record FILE.npz, made with: edgeexit evaluate BUNDLE DATA --record",
-        )
-    source = calibration or named["name"]
-    found = find_set(source)
-    if found.digest != named["digest"]:
-        raise BadFile(
-            f"calibration set {found.name!r} is another one than the bundle's "
-            f"({found.digest[:12]}, expected {named['digest'][:12]})",
-            hint="convert again with this set, or give --record",
-        )
-    parts = [
-        load_samples(f"{source}:{split}", bundle.preprocess, bundle.class_names, bundle.input.shape)
-        for split in (tune.TUNING, tune.CERTIFICATE)
-    ]
-    with progress(length=sum(map(len, parts)), label="record") as bar:
-        return record(
-            bundle, parts, set_name=found.name, set_digest=found.digest, on_step=bar.update
-        )

@@ -1,0 +1,279 @@
+"""
+What tune is asked for, and whether its files can answer that.
+
+Callers see Request, which tune, its ledger and verify share, and checks of the files: check_inputs
+and check_verdict. Hidden here: where in a policy file the request is written down, and what is
+refused whatever the samples say, so that no use of them is counted for it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeexit import __version__, families, ledger
+from edgeexit.blocks import DISTURBED, EMULATED, Verdict
+from edgeexit.bundle import Bundle
+from edgeexit.choice import FIXED
+from edgeexit.errors import BadFile, Disturbed, UsageError
+from edgeexit.evaluate import Record
+from edgeexit.families import METHODS, Method
+from edgeexit.files import Table
+from edgeexit.names import choose
+from edgeexit.overlap import SIGNIFICANCE, Bloom, overlap_count
+from edgeexit.policy import MEASURES, Confidence
+from edgeexit.profile import Profile
+from edgeexit.targets import ENERGY, Target
+from edgeexit.verdict import judge
+
+TUNING, CERTIFICATE = "tuning", "certificate"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """
+    The options of one call of tune: with the files, all that decides about its policy.
+
+    *method* is a name in METHODS, or "fixed" with *thresholds*, one for each exit but the final
+    one, inf for a dropped exit. *measure* is a name in MEASURES; None takes the one that does
+    best on tuning. *seed* is only written down. UsageError for what cannot be meant.
+    """
+
+    target: Target
+    method: str = "path"
+    thresholds: tuple[float, ...] | None = None
+    measure: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choose(self.method, {**METHODS, FIXED: None}, "method")
+        if (self.method == FIXED) != (self.thresholds is not None):
+            raise UsageError("thresholds: expected with the method 'fixed', and only there")
+        if self.measure is not None:
+            choose(self.measure, MEASURES, "confidence measure")
+        if self.thresholds is not None:
+            if self.measure is None:
+                raise UsageError(
+                    "thresholds: belong to one confidence measure",
+                    hint=f"give --measure: {list(MEASURES)}",
+                )
+            if any(map(math.isnan, self.thresholds)):
+                raise self._bad_thresholds("")
+
+    def _bad_thresholds(self, count: str) -> UsageError:
+        return UsageError(
+            f"thresholds: {list(self.thresholds or ())}, expected {count}numbers or inf: one for "
+            "each exit but the final one"
+        )
+
+    @property
+    def way(self) -> Method:
+        """The method itself."""
+        if self.thresholds is not None:
+            return families.fixed(self.thresholds)
+        return METHODS[self.method]
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The confidence measures to be tried."""
+        return tuple(MEASURES) if self.measure is None else (self.measure,)
+
+    @property
+    def wants_energy(self) -> bool:
+        """Whether joules decide anything."""
+        return self.target.minimize == ENERGY or self.target.energy_budget_mj is not None
+
+    def _thresholds_text(self) -> list[str] | None:
+        # As text: JSON has no infinity.
+        return None if self.thresholds is None else list(map(str, self.thresholds))
+
+    def digest(self, files: Mapping[str, str | None]) -> str:
+        """The ledger's request digest: of all options, and the digests of all *files*."""
+        return ledger.request_digest(
+            {
+                "made_by": __version__,
+                **files,
+                **self.target.to_document(),
+                "method": self.method,
+                "thresholds": self._thresholds_text(),
+                "measure": self.measure,
+                "seed": self.seed,
+            }
+        )
+
+    def provenance(self) -> dict[str, Any]:
+        """
+        What a policy's provenance tells of the request, as JSON values.
+
+        The rest stands in its target and its certificate.
+        """
+        return {"measure_asked": self.measure, "thresholds_asked": self._thresholds_text()}
+
+    @classmethod
+    def from_policy(cls, table: Table) -> "Request":
+        """The request that the policy file *table* was made for; BadFile if it tells of none."""
+        held, told = table.table("certificate"), table.table("provenance")
+        thresholds = None
+        if told.values.get("thresholds_asked") is not None:
+            try:
+                thresholds = tuple(map(float, told.list_of("thresholds_asked", str)))
+            except ValueError as error:
+                raise BadFile(f"{told.where}: thresholds_asked: expected numbers") from error
+        try:
+            return cls(
+                target=Target.from_document(table.table("target")),
+                method=held.get("method", str),
+                thresholds=thresholds,
+                measure=None
+                if told.values.get("measure_asked", "") is None
+                else told.get("measure_asked", str),
+                seed=held.get("seed", int),
+            )
+        except UsageError as error:
+            raise BadFile(f"{table.where}: {error}", hint=error.hint) from error
+
+    def check(self, record: Record, profile: Profile, reference: Record | None = None) -> None:
+        """
+        Refuse what tune cannot do with these files whatever the samples say.
+
+        UsageError for one exit, a missing split, thresholds that are too few or too many and
+        joules that are not there; BadFile for files that do not fit together.
+        """
+        if record.bundle_digest != profile.bundle_digest or record.exits != profile.exits:
+            raise BadFile(
+                f"the record is of bundle {record.bundle_digest[:12]}, "
+                f"the profile of {profile.bundle_digest[:12]}",
+                hint="make both with the same bundle",
+            )
+        early = len(record.exits) - 1
+        if early == 0:
+            raise UsageError(
+                f"the bundle has one exit ({record.exits[0]!r}): nothing to choose",
+                hint="edgeexit attach gives a network more exits",
+            )
+        if self.thresholds is not None and len(self.thresholds) != early:
+            raise self._bad_thresholds(f"{early} ")
+        for name in self.measures:
+            for spec in record.specs:
+                Confidence(name, spec)
+        for split in (TUNING, CERTIFICATE):
+            rows_of(record, split)
+        if self.wants_energy and profile.energy is None:
+            raise UsageError(
+                "the profile holds no joules",
+                hint="measure them with: edgeexit profile --meter ... (edgeexit meters lists them)",
+            )
+        if reference is not None:
+            reference_correct(record, reference)
+
+
+def rows_of(record: Record, split: str) -> NDArray[np.int64]:
+    """Positions of the samples of *split*; UsageError if there are none."""
+    rows = record.rows(split)
+    if not len(rows):
+        have = ", ".join(sorted(set(map(str, record.splits)))) or "none"
+        raise UsageError(
+            f"the record has no samples of the split {split!r} (has: {have})",
+            hint="edgeexit evaluate BUNDLE SET:tuning+certificate --record FILE.npz makes one",
+        )
+    return rows
+
+
+def reference_correct(
+    record: Record, reference: Record, what: str = "the reference's record"
+) -> NDArray[np.bool_]:
+    """
+    Whether the final exit of *reference* is right about each sample of *record*, bool (N,).
+
+    Samples are found again by their digests. BadFile, about *what*, if one is missing or labelled
+    otherwise.
+    """
+    places = {row.tobytes(): k for k, row in enumerate(reference.digests)}
+    found = np.array([places.get(row.tobytes(), -1) for row in record.digests], np.int64)
+    if (found < 0).any():
+        raise BadFile(
+            f"{what} lacks {int((found < 0).sum())} of {len(record)} samples",
+            hint="make it of the same samples: edgeexit evaluate REFERENCE SET:tuning+certificate "
+            "--policy none --record FILE.npz",
+        )
+    if (reference.labels[found] != record.labels).any():
+        raise BadFile(
+            f"{what} has other labels for {int((reference.labels[found] != record.labels).sum())} "
+            "of the same samples",
+            hint="make both with the same calibration set, and classes in the same order",
+        )
+    right: NDArray[np.bool_] = reference.correct()[found, -1]
+    return right
+
+
+def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdict:
+    """
+    What the values of *profile*, judged anew, say about it; what it says itself is not asked.
+
+    Disturbed if the machine was not itself meanwhile or is emulated, unless *accept_disturbed*.
+    A profile that has not converged passes: its costs are right, but less sure than asked for.
+    """
+    verdict = judge(profile)
+    if verdict.status in (DISTURBED, EMULATED) and not accept_disturbed:
+        where = (
+            f"on the {profile.device} itself"
+            if verdict.status == EMULATED
+            else "while nothing else runs"
+        )
+        raise Disturbed(
+            f"the profile of {profile.bundle_name} cannot be trusted: {verdict}",
+            hint=f"measure again {where} with: edgeexit profile; or take it as it is with "
+            "--accept-disturbed",
+        )
+    return verdict
+
+
+def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) -> None:
+    """
+    Refuse (BadFile) a record or profile of something else, and samples that were used before.
+
+    A policy tuned on samples from training or activation ranges promises too much; so does one
+    checked on those it was tuned on.
+    """
+    for what, digest in (("record", record.bundle_digest), ("profile", profile.bundle_digest)):
+        if digest != bundle.digest:
+            raise BadFile(
+                f"the {what} is of bundle {digest[:12]}, this bundle is {bundle.digest[:12]}",
+                hint=f"make a {what} of this bundle",
+            )
+    if record.exits != bundle.exits or profile.exits != bundle.exits:
+        raise BadFile(f"record or profile: other exits than the bundle's {list(bundle.exits)}")
+    if profile.device != device:
+        raise BadFile(
+            f"the profile was measured on {profile.device!r}, expected {device!r}",
+            hint=f"edgeexit profile --device {device}",
+        )
+    tuning, certificate = (
+        {row.tobytes() for row in record.digests[record.rows(split)]}
+        for split in (TUNING, CERTIFICATE)
+    )
+    if tuning & certificate:
+        raise BadFile(
+            f"{len(tuning & certificate)} samples are in both tuning and certificate",
+            hint="make disjoint splits with: edgeexit calibration make",
+        )
+    ranges = bundle.ranges_digests
+    if ranges is not None:
+        shared = (tuning | certificate) & {row.tobytes() for row in ranges}
+        if shared:
+            raise BadFile(
+                f"{len(shared)} samples were already used for the activation ranges",
+                hint="choose samples that the conversion has not seen",
+            )
+    data = bundle.training_bloom
+    if data is not None:
+        used = record.digests[np.isin(record.splits, (TUNING, CERTIFICATE))]
+        hits, tested, chance = overlap_count(Bloom.from_bytes(data), used)
+        if hits and chance < SIGNIFICANCE:
+            raise BadFile(
+                f"{hits} of {tested} tuning and certificate samples were used for training",
+                hint="choose a set of samples that the network has never seen",
+            )
