@@ -4,53 +4,54 @@ Which policies of a fixed family are shown to keep their accuracy, from counts a
 Callers have a Family that was fixed before the certificate samples were seen, count what it does
 to them (Family.tally), and get a p-value of "the mean loss is above the level" for each policy
 and the last policy that fixed-sequence testing certifies. Two tests are valid for independent
-samples; which of them is taken depends on the number of samples alone:
+samples; the tuning samples say which is likely to be the sharper one for a policy:
 
 - exact: the binomial tail of the harmful flips. A mean loss above the level needs a rate of
   harmful flips above it, so this is valid whatever the helpful ones do.
-- betting: Markov's inequality for the capital of gamblers against "the mean loss is above the
-  level", who also win by helpful flips. Bets are fixed beforehand, so the order of the samples
-  does not matter and counts suffice (the betting test of Waudby-Smith and Ramdas, arXiv
-  2010.09686, with constant bets, and the mean over gamblers in place of the predictable bet).
+- signed: the tail of harmful less helpful flips, which pay for each other, where helpful ones are
+  as frequent as they may at most be (the largest p-value over a confidence set of what is not
+  tested: Berger and Boos, JASA 89, 1994, equation 1.2).
 
-Fixed-sequence testing is Angelopoulos et al., "Learn then test", arXiv 2110.01052: one level for
-the whole family, and every policy before the first failure is certified at once.
+Neither minds the order of the samples. Fixed-sequence testing is Angelopoulos et al., "Learn then
+test", arXiv 2110.01052: one level for the whole family, and every policy before the first failure
+is certified at once.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
 from edgeexit import bounds
-from edgeexit.decision import Floats, Tally
+from edgeexit.decision import Bools, Floats, Tally
 
-EXACT, BETTING = "exact", "betting"
+EXACT, SIGNED = "exact", "signed"
 
-# From so many samples on the betting test is the sharper one on most populations tried.
-_MANY = 3000
-# What the gambler who looked at the tuning samples owns of the stake; the others share the rest.
-_SHARE = 0.8
-# Constant bets of the others. None depends on the level, so that a tighter one never passes more.
-_BETS = np.geomspace(0.005, 1.0, 20)
+# The share of delta that is spent on how frequent helpful flips may be.
+_SPENT = 0.05
+# What sums of a Fourier transform may be off by, generously.
+_SLACK = 1e-12
+# Deviations of the normal distribution, for guessing which test will be the sharper one.
+_TAIL, _FAR_TAIL = 1.7, 3.0
 
 
 def fewest_samples(level: float, delta: float) -> int:
-    """
-    The least n at which no flip at all in n certifies *level* with probability 1 - *delta*.
-
-    Above 10,000 to 0.01 %, on the safe side.
-    """
-    bounds.check_rate(level)
+    """The least n at which no flip at all in n certifies *level* with probability 1 - *delta*."""
     bounds.check_rate(delta)
-    n = max(1, math.ceil(math.log(delta) / math.log1p(-level)) - 1)
-    while _lossless(n, level, delta) > delta:
-        n += 1 + n // 10_000
-    return n
+    return bounds.fewest_samples(level, 1.0 - delta)
 
 
-def test_for(samples: int) -> str:
-    """The name of the test for so many certificate samples: EXACT for few, BETTING for many."""
-    return BETTING if samples >= _MANY else EXACT
+def tests(samples: int, prior: Tally | None, policies: int) -> tuple[str, ...]:
+    """
+    The name of the test for each policy on *samples* samples: EXACT or SIGNED.
+
+    *prior* is the tally of the *policies* on other samples (tuning); None: EXACT for all. The
+    level has no part in it, so that a tighter one never passes more.
+    """
+    if prior is None or samples == 0 or prior.samples == 0:
+        return (EXACT,) * policies
+    is_signed = _gains_by_sign(samples, prior)
+    return tuple(SIGNED if signed else EXACT for signed in is_signed)
 
 
 def p_values(tally: Tally, level: float, delta: float, prior: Tally | None = None) -> Floats:
@@ -58,17 +59,24 @@ def p_values(tally: Tally, level: float, delta: float, prior: Tally | None = Non
     P-values of "the mean loss is above *level*", float64 (S,), one for each policy of *tally*.
 
     Each is valid by itself: under that hypothesis it is at most u with probability at most u.
-    *prior* is the tally of the same family on samples that have no part in *tally* (tuning);
-    with *delta*, the level of the later test, it only says how to bet. UsageError for shares
-    outside 0..1.
+    *prior* is the tally of the same family on samples that have no part in *tally* (tuning), by
+    which a test is chosen; with *delta*, the level of the later test, it decides nothing else.
+    UsageError for shares outside 0..1.
     """
     bounds.check_rate(level)
     bounds.check_rate(delta)
     if tally.samples == 0:
         return np.ones(len(tally.harmful))
-    if test_for(tally.samples) == EXACT:
-        return _exact(tally, level)
-    return _betting(tally, level, delta, prior)
+    chosen = tests(tally.samples, prior, len(tally.harmful))
+    flips = zip(tally.harmful.tolist(), tally.helpful.tolist(), chosen, strict=True)
+    return np.array(
+        [
+            _signed(harmful, helpful, tally.samples, level, _SPENT * delta)
+            if test == SIGNED
+            else _exact(harmful, tally.samples, level)
+            for harmful, helpful, test in flips
+        ]
+    )
 
 
 def last_certified(p_values: Floats, delta: float) -> int:
@@ -77,47 +85,59 @@ def last_certified(p_values: Floats, delta: float) -> int:
     return (len(passed) if passed.all() else int(passed.argmin())) - 1
 
 
-def _exact(tally: Tally, level: float) -> Floats:
-    counts, place = np.unique(tally.harmful, return_inverse=True)
-    tails = [bounds.at_most(int(count), tally.samples, level) for count in counts]
-    return np.array(tails)[place]
-
-
-def _betting(tally: Tally, level: float, delta: float, prior: Tally | None) -> Floats:
-    # A gambler who bets b multiplies the capital by 1 - b (loss - level) at each sample: on
-    # average by at most 1 if the mean loss is at least the level.
-    lead = 0.0 if prior is None else _SHARE
-    stakes = [(bet, (1.0 - lead) / len(_BETS)) for bet in _BETS]
-    capitals = [_log_capital(tally, bet, level) + math.log(stake) for bet, stake in stakes]
-    if prior is not None:
-        bets = _bets(prior, delta, tally.samples)
-        capitals.append(_log_capital(tally, bets, level) + math.log(lead))
-    return np.asarray(np.exp(-np.maximum(np.logaddexp.reduce(capitals, axis=0), 0.0)))
-
-
-def _log_capital(tally: Tally, bet: Floats | float, level: float) -> Floats:
-    neutral = tally.samples - tally.harmful - tally.helpful
-    return np.asarray(
-        tally.harmful * np.log1p(-bet * (1.0 - level))
-        + neutral * np.log1p(bet * level)
-        + tally.helpful * np.log1p(bet * (1.0 + level))
-    )
-
-
-def _bets(prior: Tally, delta: float, samples: int) -> Floats:
+def _gains_by_sign(samples: int, prior: Tally) -> Bools:
     """
-    The bet, float64 (S,), with which the largest mean loss passes at *delta*, for each policy.
+    Whether, with the rates of *prior*, the signed test would show a smaller mean loss.
 
-    As in Waudby-Smith and Ramdas: sqrt(2 log(1 / delta) / (samples variance)), at most 1. The
-    variance of the loss is about the rate of flips of either kind, read off *prior* with half a
-    flip more, so that a policy without any on tuning is not taken for a sure thing.
+    By normal approximation: it is a guess, any answer is valid.
     """
-    flips = (prior.harmful + prior.helpful + 0.5) / (prior.samples + 1.0)
-    return np.asarray(np.minimum(1.0, np.sqrt(-2.0 * math.log(delta) / (samples * flips))))
+    harm, help_ = prior.harmful / prior.samples, prior.helpful / prior.samples
+    at_most = help_ + _FAR_TAIL * np.sqrt(help_ / samples) + 5.0 / samples
+    spread = np.sqrt(np.maximum(0.0, harm - help_ + 2.0 * at_most) / samples)
+    shown = harm - help_ + _TAIL * spread
+    return np.asarray(shown < harm + _TAIL * np.sqrt(harm / samples))
 
 
-def _lossless(samples: int, level: float, delta: float) -> float:
-    """The p-value of a policy that changes no answer, on tuning neither."""
-    none = np.zeros(1, np.int64)
-    tally = Tally(harmful=none, helpful=none, rates=np.ones((1, 1)), samples=samples)
-    return float(p_values(tally, level, delta, tally)[0])
+@lru_cache(maxsize=100_000)
+def _exact(harmful: int, samples: int, level: float) -> float:
+    return bounds.at_most(harmful, samples, level)
+
+
+def _signed(harmful: int, helpful: int, samples: int, level: float, spent: float) -> float:
+    """
+    The p-value of so many flips: *spent*, and the tail where helpful flips are most frequent.
+
+    For a rate g of helpful flips the tail at a mean loss of *level* or more is largest at just
+    that. With g it grows as long as it lies below the mode of the difference of one sample less:
+    the derivative is samples times the rise of that distribution beyond the tail. The difference
+    is a sum of coins (its generating polynomial has real roots while sqrt(g) + sqrt(g + level) is
+    at most 1), so its mode is less than 1 from its mean (Darroch, Ann. Math. Stat. 35, 1964).
+    """
+    difference = harmful - helpful
+    if difference + 2 > (samples - 1) * level:
+        return 1.0
+    most = _most(helpful, samples, spent)
+    if math.sqrt(most) + math.sqrt(most + level) > 1.0:
+        return 1.0
+    tail = _tails(helpful, samples, level, spent)
+    return min(1.0, float(tail[difference + len(tail) // 2]) + _SLACK + spent)
+
+
+@lru_cache(maxsize=100_000)
+def _most(helpful: int, samples: int, spent: float) -> float:
+    return bounds.upper_bound(helpful, samples, 1.0 - spent)
+
+
+@lru_cache(maxsize=256)
+def _tails(helpful: int, samples: int, level: float, spent: float) -> Floats:
+    """P(harmful - helpful <= d), float64 (M,), d = -M/2 .. M/2 - 1, on the edge of the level."""
+    help_ = _most(helpful, samples, spent)
+    harm = help_ + level
+    spread = math.sqrt(samples * (harm + help_))
+    reach = 2.0 * max(samples * level + 30.0 * spread + 60.0, helpful + 1.0)
+    size = 2 ** math.ceil(math.log2(reach))
+    angles = 2j * np.pi * np.arange(size // 2 + 1) / size
+    # The characteristic function of one sample, less 1.
+    beyond = harm * np.expm1(-angles) + help_ * np.expm1(angles)
+    chances = np.fft.irfft(np.exp(samples * np.log1p(beyond)), size)
+    return np.asarray(np.cumsum(np.roll(chances, size // 2)))

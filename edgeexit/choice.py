@@ -252,6 +252,7 @@ class Decision:
         """What is promised about it and why, as JSON values."""
         rows, tally = self.family.thresholds[self.first : self.last + 1], self.certificate_tally
         level = target.max_accuracy_drop
+        tests = certify.tests(tally.samples, self.tuning, len(self.family))
         return {
             "family": self.family.name,
             "promise": method.promise if level is not None else "budgets alone",
@@ -259,7 +260,7 @@ class Decision:
             "delta": self.delta,
             "confidence": target.confidence,
             "statements": target.caps,
-            "test": None if level is None else certify.test_for(tally.samples),
+            "test": None if level is None else tests[self.place],
             "samples": tally.samples,
             "tuning_samples": self.tuning.samples,
             "seed": seed,

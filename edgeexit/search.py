@@ -78,7 +78,9 @@ class Problem:
         self.confidence = np.ascontiguousarray(record.confidence.T[: self.early, order])
         signed = record.loss[order].T
         self.harm = np.ascontiguousarray(signed > 0)
-        self.loss = np.ascontiguousarray(signed if is_signed else np.maximum(signed, 0))
+        self.loss: NDArray[Any] = np.ascontiguousarray(
+            signed if is_signed else np.maximum(signed, 0)
+        )
         self.costs = costs
         self.extra = costs.head + costs.handover
         self.may_keep = np.ones(self.early, np.bool_) if may_keep is None else np.array(may_keep)
@@ -93,6 +95,12 @@ class Problem:
         """The same problem where only the exits *may_keep*, bool (E - 1,), may be kept."""
         other = object.__new__(Problem)
         other.__dict__.update(self.__dict__, may_keep=np.asarray(may_keep))
+        return other
+
+    def weighed(self, loss: Floats) -> "Problem":
+        """The same problem where a sample, leaving at an exit, loses *loss*, float64 (E, N)."""
+        other = object.__new__(Problem)
+        other.__dict__.update(self.__dict__, loss=loss)
         return other
 
     # ------------------------------------------------------------ the answer of given cuts
@@ -128,7 +136,7 @@ class Problem:
 
     def _objective(self, cuts: Sequence[float] | Floats, price: float) -> float:
         leaves = self.leaves(cuts)
-        loss = int(self.loss[leaves, np.arange(self.samples)].sum(dtype=np.int64))
+        loss = float(self.loss[leaves, np.arange(self.samples)].sum(dtype=np.float64))
         counts = np.bincount(leaves, minlength=self.early + 1)
         return float(counts @ self._per_exit(cuts)) + price * loss
 

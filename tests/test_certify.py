@@ -42,20 +42,14 @@ def test_the_fewest_labels_are_those_at_which_no_harm_certifies(
     assert one(0, 0, labels - 1, level) > delta
 
 
-@pytest.mark.parametrize("level", [0.0001, 0.0004, 0.0009])
-def test_a_level_too_tight_for_the_exact_test_needs_little_more_by_betting(level: float) -> None:
-    fewest = certify.fewest_samples(level, 0.05)
+def test_the_test_is_chosen_by_tuning_and_never_by_the_level() -> None:
+    without, with_many = tally([20], [0], 2000), tally([20], [20], 2000)
 
-    assert certify.test_for(fewest) == certify.BETTING
-    assert bounds.fewest_samples(level, 0.95) <= fewest <= 1.15 * bounds.fewest_samples(level, 0.95)
-
-
-def test_few_samples_are_tested_exactly_and_many_by_betting() -> None:
-    names = [certify.test_for(n) for n in range(1, 5000)]
-
-    assert names[999] == certify.EXACT
-    assert names[4000] == certify.BETTING
-    assert names == sorted(names, reverse=True)
+    assert certify.tests(5000, None, 3) == (certify.EXACT,) * 3
+    assert certify.tests(5000, without, 1) == (certify.EXACT,)
+    assert certify.tests(5000, with_many, 1) == (certify.SIGNED,)
+    assert certify.tests(300, with_many, 1) == (certify.EXACT,)
+    assert certify.tests(100_000, tally([0], [0], 10), 1) == (certify.EXACT,)
 
 
 def test_the_exact_p_value_is_the_binomial_tail_of_the_harmful_flips() -> None:
@@ -66,10 +60,33 @@ def test_the_exact_p_value_is_the_binomial_tail_of_the_harmful_flips() -> None:
     assert tails[2] <= 0.05 < tails[3]
 
 
-def test_by_betting_helpful_flips_pay_for_harmful_ones() -> None:
+def test_by_the_signed_test_helpful_flips_pay_for_harmful_ones() -> None:
+    prior = tally([24], [24], 2000)
     for helpful in (0, 20, 40):
-        assert one(60, helpful, 5000, 0.01) > one(60, helpful + 20, 5000, 0.01)
-    assert one(60, 60, 5000, 0.01) <= 0.05 < one(60, 0, 5000, 0.01)
+        less, more = (one(60, count, 5000, 0.01, prior) for count in (helpful, helpful + 20))
+        assert more < less
+    assert one(60, 60, 5000, 0.01, prior) <= 0.05 < one(60, 0, 5000, 0.01, prior)
+    # By the normal approximation of the difference, with twice as many helpful flips as seen.
+    assert one(60, 60, 50_000, 0.001, prior) == pytest.approx(0.0013, rel=2.0)
+
+
+@pytest.mark.parametrize(("samples", "level"), [(100, 0.1), (150, 0.05)])
+@pytest.mark.parametrize("helpful", [0, 2, 4])
+def test_the_signed_tail_is_the_sum_over_all_outcomes(
+    samples: int, level: float, helpful: int
+) -> None:
+    spent = 0.002
+    help_ = bounds.upper_bound(helpful, samples, 1.0 - spent)
+    outcomes = chances(samples, help_ + level, help_)
+    for harmful in range(helpful, helpful + int((samples - 1) * level) - 2):
+        tail = sum(chance for (h, g), chance in outcomes.items() if h - g <= harmful - helpful)
+        found = certify._signed(harmful, helpful, samples, level, spent)
+        assert found == pytest.approx(tail + spent, abs=1e-10)
+        # No rarer helpful flips make so small a difference more likely.
+        for rarer in np.linspace(0.0, help_, 5)[:-1]:
+            others = chances(samples, rarer + level, rarer)
+            less = sum(chance for (h, g), chance in others.items() if h - g <= harmful - helpful)
+            assert less <= tail + 1e-12
 
 
 @given(
@@ -77,15 +94,17 @@ def test_by_betting_helpful_flips_pay_for_harmful_ones() -> None:
     helpful=st.integers(0, 60),
     samples=st.integers(121, 20_000),
     level=st.floats(0.001, 0.3),
+    prior=st.sampled_from([None, (30, 30), (30, 0)]),
 )
 def test_p_values_are_shares_and_one_more_harmful_flip_never_lowers_them(
-    harmful: int, helpful: int, samples: int, level: float
+    harmful: int, helpful: int, samples: int, level: float, prior: tuple[int, int] | None
 ) -> None:
-    here = one(harmful, helpful, samples, level)
+    before = None if prior is None else tally([prior[0]], [prior[1]], 2000)
+    here = one(harmful, helpful, samples, level, before)
 
     assert 0.0 <= here <= 1.0
-    assert one(harmful + 1, helpful, samples, level) >= here * (1 - 1e-9)
-    assert one(harmful, helpful, samples, level * 1.1) <= here * (1 + 1e-9)
+    assert one(harmful + 1, helpful, samples, level, before) >= here * (1 - 1e-9)
+    assert one(harmful, helpful, samples, level * 1.1, before) <= here * (1 + 1e-9)
 
 
 def chances(n: int, harm: float, help_: float) -> dict[tuple[int, int], float]:
@@ -119,19 +138,9 @@ def test_a_policy_of_too_great_a_loss_passes_with_probability_delta_at_most(
     before = None if prior is None else tally([prior[0]] * size, [prior[1]] * size, 30)
     weights = np.array(list(outcomes.values()))
     for delta in (0.3, 0.1, 0.01):
-        for found in (
-            certify.p_values(counts, level, delta, before),
-            certify._betting(counts, level, delta, before),
-        ):
+        signed = [certify._signed(h, g, n, level, delta / 20) for h, g in outcomes]
+        for found in (certify.p_values(counts, level, delta, before), np.array(signed)):
             assert weights[found <= delta].sum() <= delta * (1 + 1e-9)
-
-
-def test_a_look_at_tuning_sharpens_the_bets_but_a_wrong_one_does_not_ruin_them() -> None:
-    harmful, helpful, samples = 60, 50, 5000
-    told = one(harmful, helpful, samples, 0.01, tally([24], [18], 2000))
-    misled = one(harmful, helpful, samples, 0.01, tally([400], [200], 2000))
-
-    assert told < misled < 0.1
 
 
 def test_the_sequence_stops_at_the_first_failure_and_keeps_the_one_before() -> None:

@@ -86,9 +86,12 @@ def test_a_rule_on_a_fixed_family_breaks_it_as_seldom_as_it_says(
     assert count <= most_broken(redraws, delta)
 
 
-def test_both_tests_are_at_work_here() -> None:
-    assert certify.test_for(1000) != certify.test_for(3000)
-    assert certify.test_for(800) != certify.test_for(4000)
+def test_both_tests_are_at_work_here(world: World) -> None:
+    tuning = world.draw(2000, 0)
+    view = next(iter(tuning.values()))
+    family = METHODS["path"].family(view, world.costs, Goal(LEVEL, DELTA, 3000))
+
+    assert set(certify.tests(3000, family.tally(view), len(family))) == {"exact", "signed"}
 
 
 def test_the_populations_hold_policies_on_both_sides_of_the_level(world: World) -> None:
