@@ -143,6 +143,16 @@ def printable(text: str) -> str:
 
 
 @contextmanager
+def hinting(hint: str) -> Iterator[None]:
+    """Give a BadFile that says nothing about the next step this *hint*."""
+    try:
+        yield
+    except BadFile as error:
+        error.hint = error.hint or hint
+        raise
+
+
+@contextmanager
 def storage(path: Path) -> Iterator[None]:
     """Translate an OSError met while *writing* below *path* into StorageError."""
     try:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgeexit import __version__, bounds
 from edgeexit.bundle import Bundle
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, UsageError, hinting
 from edgeexit.files import Arrays, npz_bytes, read_npz, write_file
 from edgeexit.interpreter import runtime_name
 from edgeexit.policy import Policy
@@ -28,6 +28,7 @@ from edgeexit.tflite import TensorSpec
 # 1: first version.
 FORMAT = 1
 UNSPLIT = "unsplit"
+_AGAIN = "make it again with: edgeexit evaluate BUNDLE SET:tuning+certificate --record FILE.npz"
 
 _ON_STEP_EVERY = 50
 
@@ -98,7 +99,12 @@ class Record:
     @classmethod
     def load(cls, path: Path | str) -> "Record":
         """Read what save wrote. UsageError if absent, BadFile if truncated, altered, misfit."""
-        arrays = read_npz(Path(path))
+        with hinting(_AGAIN):
+            return cls._read(Path(path))
+
+    @classmethod
+    def _read(cls, path: Path) -> "Record":
+        arrays = read_npz(path)
         number = _scalar(arrays, "format", "iu")
         if number != str(FORMAT):
             raise BadFile(f"{arrays.where}: format {number}, this version reads {FORMAT}")

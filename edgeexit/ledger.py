@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.errors import BadFile, StorageError, UsageError, storage
+from edgeexit.errors import BadFile, StorageError, UsageError, hinting, storage
 from edgeexit.files import (
     Table,
     digest_of,
@@ -207,7 +207,7 @@ def _read(path: Path) -> dict[str, list[Entry]]:
     if not path.exists():
         return {}
     data = read_bytes(path)
-    try:
+    with hinting(_RESTORE):
         table = parse_json(data, str(path))
         table.expect_format(FORMAT)
         table.only("format", "splits")
@@ -217,10 +217,8 @@ def _read(path: Path) -> dict[str, list[Entry]]:
             found[key] = []
             for row in splits.tables(key):
                 found[key].append(_checked(row, key, found[key]))
-    except BadFile as error:
-        raise BadFile(str(error), hint=error.hint or _RESTORE) from error
-    if _to_bytes(found) != data:
-        raise BadFile(f"{path}: altered: not as edgeexit wrote it", hint=_RESTORE)
+        if _to_bytes(found) != data:
+            raise BadFile(f"{path}: altered: not as edgeexit wrote it")
     return found
 
 

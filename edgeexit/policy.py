@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.errors import BadFile, EdgeExitError, UsageError
+from edgeexit.errors import BadFile, EdgeExitError, UsageError, hinting
 from edgeexit.files import Table, json_bytes, read_json, write_file
 from edgeexit.names import choose, unknown
 from edgeexit.tflite import TensorSpec
@@ -455,7 +455,8 @@ class Policy:
     @classmethod
     def load(cls, path: Path | str) -> "Policy":
         """The policy in the JSON file *path*. UsageError if absent, BadFile if wrong."""
-        return cls.from_document(read_json(Path(path)))
+        with hinting("make it again with: edgeexit tune"):
+            return cls.from_document(read_json(Path(path)))
 
     def save(self, path: Path | str) -> None:
         """Write the policy durably to the JSON file *path*."""

@@ -28,7 +28,7 @@ from edgeexit.blocks import (
     reading_from,
 )
 from edgeexit.energy import Energy
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, UsageError, hinting
 from edgeexit.files import Table, json_bytes, read_json, write_file
 from edgeexit.state import Reading
 
@@ -270,7 +270,8 @@ class Profile:
     @classmethod
     def load(cls, path: Path | str) -> "Profile":
         """The profile in the JSON file *path*. UsageError if absent, BadFile if wrong."""
-        return cls.from_document(read_json(Path(path)))
+        with hinting("measure again with: edgeexit profile"):
+            return cls.from_document(read_json(Path(path)))
 
 
 _KEYS = (

@@ -25,6 +25,7 @@ from edgeexit.files import Table
 from edgeexit.names import choose
 from edgeexit.overlap import SIGNIFICANCE, Bloom, overlap_count
 from edgeexit.policy import MEASURES, Confidence
+from edgeexit.prices import Prices
 from edgeexit.profile import Profile
 from edgeexit.targets import ENERGY, Target
 from edgeexit.verdict import judge
@@ -161,11 +162,15 @@ class Request:
                 Confidence(name, spec)
         for split in (TUNING, CERTIFICATE):
             rows_of(record, split)
-        if self.wants_energy and profile.energy is None:
-            raise UsageError(
-                "the profile holds no joules",
-                hint="measure them with: edgeexit profile --meter ... (edgeexit meters lists them)",
-            )
+        if self.wants_energy:
+            final = record.exits[-1]
+            hint = "measure them with: edgeexit profile --meter ... (edgeexit meters lists them)"
+            if profile.energy is None:
+                raise UsageError("the profile holds no joules", hint=hint)
+            if math.isnan(Prices(profile).energy_mj((final,), final)):
+                raise UsageError(
+                    "the profile holds no joules of the network without early exits", hint=hint
+                )
         if reference is not None:
             reference_correct(record, reference)
 
@@ -231,6 +236,33 @@ def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdic
     return verdict
 
 
+def _check_logits(bundle: Bundle, record: Record) -> None:
+    """Refuse (BadFile) logits that are none of *bundle*'s, and samples that stand twice."""
+    classes, named = record.logits.shape[2], len(bundle.class_names)
+    if classes != named:
+        raise BadFile(
+            f"the record has {classes} classes, this bundle {named}",
+            hint="make a record of this bundle",
+        )
+    for exit, mine, theirs in zip(bundle.exits, record.specs, bundle.logits, strict=True):
+        if mine != theirs:
+            raise BadFile(
+                f"the record's logits of exit {exit!r} have another name, type or scale than this "
+                "bundle's",
+                hint="make a record of this bundle",
+            )
+    ids = record.ids[np.isin(record.splits, (TUNING, CERTIFICATE))]
+    names, counts = np.unique(ids, return_counts=True)
+    if (counts > 1).any():
+        twice = str(names[counts > 1][0])
+        raise BadFile(
+            f"the record has {int((counts - 1).sum())} samples whose ids are there already (the "
+            f"first: {twice[:40]!r})",
+            hint="give each sample of tuning and certificate once: edgeexit evaluate BUNDLE "
+            "SET:tuning+certificate --record FILE.npz",
+        )
+
+
 def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) -> None:
     """
     Refuse (BadFile) a record or profile of something else, and samples that were used before.
@@ -244,8 +276,13 @@ def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) 
                 f"the {what} is of bundle {digest[:12]}, this bundle is {bundle.digest[:12]}",
                 hint=f"make a {what} of this bundle",
             )
-    if record.exits != bundle.exits or profile.exits != bundle.exits:
-        raise BadFile(f"record or profile: other exits than the bundle's {list(bundle.exits)}")
+    for what, exits in (("record", record.exits), ("profile", profile.exits)):
+        if exits != bundle.exits:
+            raise BadFile(
+                f"the {what} has the exits {list(exits)}, this bundle {list(bundle.exits)}",
+                hint=f"make a {what} of this bundle",
+            )
+    _check_logits(bundle, record)
     if profile.device != device:
         raise BadFile(
             f"the profile was measured on {profile.device!r}, expected {device!r}",

@@ -34,6 +34,20 @@ _LEAST_MARGIN_SE = 2.3
 _LEAST_DROP = 1e-9
 
 
+# Inputs a second: from one in thirty years on, and as fast as no board answers.
+_RATES_HZ = (1e-9, 1e6)
+
+
+def check_rate_hz(rate_hz: float | None) -> None:
+    """UsageError for inputs a second that nobody can mean; None is no rate."""
+    low, high = _RATES_HZ
+    if rate_hz is not None and not low <= rate_hz <= high:
+        raise UsageError(
+            f"rate: {rate_hz:g} inputs a second, expected {low:g} .. {high:g}",
+            hint="--rate 30 are 30 frames a second",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """
@@ -67,7 +81,8 @@ class Target:
             raise UsageError(
                 f"confidence {self.confidence}: expected more than 0 and less than 1 (0.95 = 95 %)"
             )
-        for name in ("latency_budget_ms", "energy_budget_mj", "p95_ms", "rate_hz"):
+        check_rate_hz(self.rate_hz)
+        for name in ("latency_budget_ms", "energy_budget_mj", "p95_ms"):
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise UsageError(f"{name}: {value}, expected a finite number above 0")

@@ -23,6 +23,7 @@ from edgeexit.energy import IDLE, Figure
 from edgeexit.errors import UsageError, printable
 from edgeexit.prices import FITTED, MEASURED, Prices
 from edgeexit.profile import Estimate, Profile
+from edgeexit.targets import check_rate_hz
 
 Floats = NDArray[np.float64]
 Count = tuple[int, int]
@@ -261,8 +262,7 @@ def _check(
             raise UsageError(f"exit rates: {rate:.2%} leave at {name!r}, which is not kept")
     if by not in (MS, MJ):
         raise UsageError(f"by {by!r}: expected {MS!r} or {MJ!r}")
-    if rate_hz is not None and not 0 < rate_hz < 1e6:
-        raise UsageError(f"rate: expected inputs a second above 0, found {rate_hz}")
+    check_rate_hz(rate_hz)
     if rival is not None:
         check_rival(rival.name, profile, rival.profile)
 

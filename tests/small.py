@@ -1,6 +1,7 @@
 """A tiny bundle on disk, and records and profiles made of numbers instead of runs."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +70,10 @@ def made_record(
     skill: tuple[float, ...] = (3.0, 5.0, 7.0),
     shift: float = 0.0,
     exits: Sequence[str] = EXITS,
+    classes: int = 10,
 ) -> Record:
     """
-    Int8 logits of *exits* on ten classes; later exits know more, hard samples less.
+    Int8 logits of *exits* on *classes* classes; later exits know more, hard samples less.
 
     The certificate repeats the logits of tuning, so that its check cannot fail by bad luck; with
     *shift* that share of it is confidently wrong at all but the final exit.
@@ -79,15 +81,15 @@ def made_record(
     rng = np.random.default_rng(seed)
     count = tuning + certificate
     repeated = np.arange(count) % tuning
-    labels = rng.integers(0, 10, tuning)[repeated]
+    labels = rng.integers(0, classes, tuning)[repeated]
     hardness = rng.uniform(0, 1, tuning)[repeated]
     late = np.arange(count) >= tuning
-    logits = rng.normal(0, 8, (tuning, len(skill), 10))[repeated]
+    logits = rng.normal(0, 8, (tuning, len(skill), classes))[repeated]
     for k, value in enumerate(skill):
         easy = np.clip(value * 18 * (1 - hardness), 0, 70) + 6 * k
         if k < len(skill) - 1:
             wrong = late & (rng.random(count) < shift)
-            logits[wrong, k, (labels[wrong] + 1) % 10] += 90
+            logits[wrong, k, (labels[wrong] + 1) % classes] += 90
         logits[np.arange(count), k, labels] += easy
     return Record(
         logits=np.clip(np.rint(logits), -128, 127).astype(np.int8),
@@ -97,12 +99,18 @@ def made_record(
         splits=np.array(["tuning"] * tuning + ["certificate"] * certificate),
         exits=tuple(exits),
         specs=tuple(
-            TensorSpec(name=f"l{k}", shape=(1, 10), dtype="int8", scale=0.1, zero_point=0)
+            TensorSpec(name=f"l{k}", shape=(1, classes), dtype="int8", scale=0.1, zero_point=0)
             for k in range(len(skill))
         ),
         bundle_digest=DIGEST,
         set_name="made",
     )
+
+
+def record_of(bundle: Bundle, tuning: int = 2000, certificate: int = 2000) -> Record:
+    """A made record that could be one of *bundle*."""
+    made = made_record(tuning, certificate, classes=len(bundle.class_names))
+    return replace(made, bundle_digest=bundle.digest, specs=bundle.logits)
 
 
 def made_cases(exits: Sequence[str] = EXITS, sets: Iterable[Kept] | None = None) -> list[Case]:

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from small import DIGEST, EXITS, made_energy, made_profile, made_record, small_bundle
+from small import DIGEST, EXITS, made_energy, made_profile, made_record, record_of, small_bundle
 
 from edgeexit import tune
 from edgeexit.cli import entry
@@ -148,14 +148,14 @@ def test_record_and_profile_of_different_bundles_are_refused() -> None:
 
 
 def test_inputs_of_something_else_or_used_before_are_refused(tmp_path) -> None:
-    record, profile = made_record(), made_profile()
+    record, profile = made_record(classes=4), made_profile()
     bloom = Bloom.of(record.digests[:500]).to_bytes()
     plain = small_bundle(tmp_path / "plain")
     ranged = small_bundle(tmp_path / "ranged", ranges_digests=record.digests[5:8])
     trained = small_bundle(tmp_path / "trained", training_bloom=bloom)
 
     def check(bundle, record=record, profile=profile, device="host") -> None:
-        fit = replace(record, bundle_digest=bundle.digest)
+        fit = replace(record, bundle_digest=bundle.digest, specs=bundle.logits)
         check_inputs(bundle, fit, replace(profile, bundle_digest=bundle.digest), device)
 
     check(plain)
@@ -304,8 +304,7 @@ def test_a_profile_that_has_not_converged_is_noted_in_the_policy() -> None:
 
 def test_the_command_refuses_warns_and_writes(tmp_path, capsys) -> None:
     bundle = small_bundle(tmp_path)
-    record = replace(made_record(), bundle_digest=bundle.digest)
-    record.save(tmp_path / "r.npz")
+    record_of(bundle).save(tmp_path / "r.npz")
     profile = made_profile(bundle_digest=bundle.digest, **THROTTLED)
     profile.save(tmp_path / "p.json")
     command = ["tune", str(bundle.path), "--device", "host", "--measure", "margin"]

@@ -38,7 +38,8 @@ def find_record(
     """
     The record that was named, that lies here for this very bundle, or a new one, saved.
 
-    A record of another bundle that lies here is kept under another name.
+    A record of another bundle (or with *calibration* of another set) that lies here is kept under
+    another name.
     """
     from edgeexit.evaluate import Record
     from edgeexit.files import digest_of, read_bytes, write_file
@@ -55,7 +56,9 @@ def find_record(
                 str(error),
                 hint="remove it, and it is made anew; or name another one with --record FILE.npz",
             ) from error
-        if _fits(found, bundle):
+        wanted = None if calibration is None else bundle.calibration_set
+        is_of_set = wanted is None or found.set_digest == wanted["digest"]
+        if found.bundle_digest == bundle.digest and is_of_set:
             click.echo(f"record: {path}", err=True)
             return path, found
         kept = read_bytes(path)
@@ -67,10 +70,6 @@ def find_record(
     made.save(path)
     click.echo(f"wrote {path}", err=True)
     return path, made
-
-
-def _fits(record: "Record", bundle: "Bundle") -> bool:
-    return record.bundle_digest == bundle.digest
 
 
 def fresh_record(bundle: "Bundle", calibration: str | None) -> "Record":

@@ -82,8 +82,18 @@ def command(
         from edgeexit.slide import parse_slide
 
         wanted = parse_slide(slide)
-        if all_exits or policy == "none" or not names:
-            raise UsageError("--slide moves a policy: give inputs, no --all-exits or --policy none")
+        if not names:
+            raise UsageError(
+                "--slide moves a policy between inputs: none given, and the self-test has none",
+                hint="edgeexit run photos/ --slide latency=8ms",
+            )
+        if all_exits or policy == "none":
+            raise UsageError(
+                "--slide moves a policy, and "
+                + ("--all-exits" if all_exits else "--policy none")
+                + " runs without one",
+                hint="leave one of them out",
+            )
     if not names:
         _selftest(loaded, threads, as_json)
         return
