@@ -43,7 +43,7 @@ def check_rate_hz(rate_hz: float | None) -> None:
     low, high = _RATES_HZ
     if rate_hz is not None and not low <= rate_hz <= high:
         raise UsageError(
-            f"rate: {rate_hz:g} inputs a second, expected {low:g} .. {high:g}",
+            f"rate: expected {low:g} .. {high:g} inputs a second, found {rate_hz:g}",
             hint="--rate 30 are 30 frames a second",
         )
 
