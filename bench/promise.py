@@ -7,14 +7,15 @@ Populations: the synthetic network of four exits, all samples of the shipped Fas
 and (--cifar) those of a record that bench/cifar_record.py makes. `tuning` (2,000) and
 `certificate` are drawn from one with replacement; every method gets the same draws; path, shared
 and ltt search the confidence measure, too. A policy breaks the promise if it loses more than the
-level on the whole population. Redraws are made in blocks over all cells, kept in
-bench/results/promise.partial.json: a later call goes on from there, and --finish makes
-bench/results/promise.json of the blocks that are there.
+level on the whole population. One redraw of `tuning` serves all levels and sizes of `certificate`.
+Redraws are made in blocks, kept in bench/results/promise.partial.json: a later call goes on from
+there, and --finish makes bench/results/promise.json of the blocks that are there.
 """
 
 import argparse
 import itertools
 import json
+import math
 import sys
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -39,7 +40,8 @@ from redraws import (
 )
 
 PARTIAL = RESULTS / "promise.partial.json"
-TUNING, DELTA, BLOCK = 2000, 0.05, 50
+TUNING, DELTA, BLOCK = 2000, 0.05, 20
+COUNTED = ("broken", "saved", "saved_squared", "refused")
 LEVELS, SAMPLES = (0.01, 0.005, 0.02), (500, 1000, 2000, 5000)
 WAYS: dict[str, Way] = {
     "path": ours("path"),
@@ -67,44 +69,56 @@ def world_of(name: str, cifar: str) -> World:
     return recorded_world(Path(cifar), CIFAR_COSTS)
 
 
-Counts = dict[str, dict[str, float]]
+# cell -> way -> what happened -> how often (saved: the sum of shares of the cost)
+Counts = dict[str, dict[str, dict[str, float]]]
 
 
-def block(name: str, cifar: str, level: float, samples: int, first: int) -> Counts:
-    """What each way does in redraws *first* and following: promises broken, cost shares saved."""
+def block(name: str, cifar: str, first: int) -> Counts:
+    """What each way does in redraws *first* and following, at every level and size."""
     world = world_of(name, cifar)
-    found = {way: {"broken": 0.0, "saved": 0.0, "refused": 0.0} for way in WAYS}
+    cells = list(itertools.product(LEVELS, SAMPLES))
+    found: Counts = {
+        f"{level} {samples}": {way: dict.fromkeys(COUNTED, 0.0) for way in WAYS}
+        for level, samples in cells
+    }
     for draw in range(first, first + BLOCK):
-        tuning, certificate = world.draw(TUNING, 2 * draw), world.draw(samples, 2 * draw + 1)
-        for way, chosen in WAYS.items():
+        tuning = world.draw(TUNING, 2 * draw)
+        certificates = {samples: world.draw(samples, 2 * draw + 1) for samples in SAMPLES}
+        for (level, samples), (way, chosen) in itertools.product(cells, WAYS.items()):
+            counts = found[f"{level} {samples}"][way]
             try:
-                measure, policy = chosen(tuning, certificate, world.costs, level, DELTA)
+                measure, policy = chosen(tuning, certificates[samples], world.costs, level, DELTA)
             except OutOfReach:
-                found[way]["refused"] += 1
+                counts["refused"] += 1
                 continue
-            found[way]["broken"] += world.loss(measure, policy) > level
-            found[way]["saved"] += world.saving(measure, policy)
+            saved = world.saving(measure, policy)
+            counts["broken"] += world.loss(measure, policy) > level
+            counts["saved"] += saved
+            counts["saved_squared"] += saved**2
     return found
 
 
 def added(blocks: dict[str, Counts]) -> list[dict[str, Any]]:
     """One entry for each population, level and number of samples: rates over all its redraws."""
-    cells: dict[str, list[Counts]] = {}
+    parts: dict[tuple[str, str], list[dict[str, dict[str, float]]]] = {}
     for key, counts in sorted(blocks.items()):
-        cells.setdefault(key.rpartition(" ")[0], []).append(counts)
+        for cell, ways in counts.items():
+            parts.setdefault((key.split()[0], cell), []).append(ways)
     rows = []
-    for key, parts in cells.items():
-        name, level, samples = key.split()
-        redraws = BLOCK * len(parts)
+    for (name, cell), found in parts.items():
+        level, samples = cell.split()
+        redraws = BLOCK * len(found)
         ways = {}
         for way in WAYS:
-            broken, saved, refused = (
-                sum(part[way][what] for part in parts) for what in ("broken", "saved", "refused")
+            broken, saved, squared, refused = (
+                sum(part[way][what] for part in found) for what in COUNTED
             )
+            mean = saved / redraws
             ways[way] = {
                 "broken": broken / redraws,
                 "broken_at_most": bounds.upper_bound(int(broken), redraws),
-                "saved": saved / redraws,
+                "saved": mean,
+                "saved_error": math.sqrt(max(0.0, squared / redraws - mean**2) / redraws),
                 "refused": refused / redraws,
             }
         rows.append(
@@ -131,12 +145,11 @@ def main() -> None:
     jobs: dict[Future[Counts], str] = {}
     if not chosen.finish:
         with ProcessPoolExecutor(chosen.processes) as pool:
-            for first, level, samples, name in itertools.product(
-                range(0, chosen.redraws, BLOCK), LEVELS, SAMPLES, populations
-            ):
-                key = f"{name} {level} {samples} {first}"
+            firsts = range(0, chosen.redraws, BLOCK)
+            for first, name in itertools.product(firsts, populations):
+                key = f"{name} {first}"
                 if key not in done:
-                    jobs[pool.submit(block, name, chosen.cifar, level, samples, first)] = key
+                    jobs[pool.submit(block, name, chosen.cifar, first)] = key
             for job in as_completed(jobs):
                 done[jobs[job]] = job.result()
                 PARTIAL.write_text(json.dumps(done, sort_keys=True))

@@ -31,7 +31,7 @@ _STEPS = 6
 # An exit enters the path at this share of the tuning samples.
 _ENTRY = 0.001
 # Of more tuning samples, so many are searched, and fewer still to choose between sets of exits.
-_SEARCHED, _SCOUTED = 100_000, 10_000
+_SEARCHED, _SCOUTED = 100_000, 5_000
 # Policies with one threshold for all exits.
 _SHARED = 120
 # A path without an exit must promise a mean cost this much lower than the one with it, and one of

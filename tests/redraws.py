@@ -8,6 +8,7 @@ not miss, and the count would show nothing.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,7 @@ Way = Callable[[Mapping[str, Record], Mapping[str, Record], Costs, float, float]
 
 def ours(name: str, *, is_measure_searched: bool = True) -> Way:
     """tune's way: the measure (the first one, or the best) by tuning alone, then choose."""
+    method = _remembering(METHODS[name]) if name != "path" else METHODS[name]
 
     def way(
         tuning: Mapping[str, Record],
@@ -98,7 +100,6 @@ def ours(name: str, *, is_measure_searched: bool = True) -> Way:
         delta: float,
     ) -> Chosen:
         samples = len(next(iter(certificate.values())))
-        method = _remembering(METHODS[name])
         measure = next(iter(tuning))
         if is_measure_searched:
             target = Target(max_accuracy_drop=level, confidence=1.0 - delta)
@@ -118,15 +119,13 @@ def ours(name: str, *, is_measure_searched: bool = True) -> Way:
 
 
 def _remembering(method: Method) -> Method:
-    """*method*, which makes the family of one record once only."""
-    made: dict[int, Family] = {}
+    """*method*, whose families are the same for every goal, so that each is made once only."""
 
-    def family(tuning: Record, costs: Costs, goal: Goal) -> Family:
-        if id(tuning) not in made:
-            made[id(tuning)] = method.family(tuning, costs, goal)
-        return made[id(tuning)]
+    @lru_cache(maxsize=4)
+    def made(tuning: Record, costs: Costs) -> Family:
+        return method.family(tuning, costs, Goal(0.01, 0.05, len(tuning)))
 
-    return replace(method, family=family)
+    return replace(method, family=lambda tuning, costs, goal: made(tuning, costs))
 
 
 def best_on_calibration(
