@@ -337,7 +337,8 @@ class Policy:
         if len(offsets) != classes:
             raise BadFile(
                 f"policy: class_offsets: {len(offsets)} at exit {exit_name!r}, "
-                f"expected one for each of {classes} classes"
+                f"expected one for each of {classes} classes",
+                hint="make it again with: edgeexit tune",
             )
         return tuple(threshold + offset for offset in offsets)
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
-from edgeexit.errors import BadFile, DeviceError, UsageError
+from edgeexit.errors import BadFile, DeviceError, UsageError, hinting
 from edgeexit.files import Table
 from edgeexit.machine import Machine, this_machine
 from edgeexit.meters.battery import batteries
@@ -207,7 +207,8 @@ class Slider:
                 f"{runner.bundle.path}: no policy to slide along", hint="edgeexit tune makes one"
             )
         self._runner, self._slide, self._clock = runner, slide, clock
-        self.track = Track.of(runner.policy)
+        with hinting("make the policy again with: edgeexit tune"):
+            self.track = Track.of(runner.policy)
         self._place = self.track.start
         self._look: Callable[[], float | None] | None = None
         self._next_look_s = clock()

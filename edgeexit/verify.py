@@ -17,7 +17,7 @@ from typing import Any
 
 from edgeexit import __version__, ledger, tune
 from edgeexit.bundle import load_bundle
-from edgeexit.errors import EdgeExitError, UsageError
+from edgeexit.errors import EdgeExitError, UsageError, hinting
 from edgeexit.evaluate import Record
 from edgeexit.files import Table, file_digest, json_bytes, parse_json, read_bytes
 from edgeexit.policy import Policy
@@ -85,8 +85,9 @@ def verify(
     differences.
     """
     data = read_bytes(policy_path)
-    document = parse_json(data, str(policy_path))
-    policy = Policy.from_document(document)
+    with hinting("make the policy again with: edgeexit tune"):
+        document = parse_json(data, str(policy_path))
+        policy = Policy.from_document(document)
     if not policy.certificate:
         raise UsageError(
             f"{policy_path}: has no certificate, so there is nothing to verify",

@@ -264,8 +264,50 @@ def test_run_tells_the_position(
     assert entry([*command, "--slide", "battery"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [answer["position"] for answer in answers] == [CERTIFIED] * 2
-    assert entry([*command, "--slide", "battery", "--policy", "none"]) == 2
-    assert entry(["run", "--slide", "battery"]) == 2
     assert entry([*command, "--slide", "wind"]) == 2
     put(machine, {BATTERY: None})
     assert entry([*command, "--slide", "battery"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("", "between inputs: none given"),
+        ("0.png --policy none", "--policy none runs without one"),
+        ("0.png --all-exits", "--all-exits runs without one"),
+        ("0.png", "no policy to slide along"),
+        ("0.png --policy bare.json", "no path of policies that were certified together"),
+        ("0.png --policy full.json", "no path of policies that were certified together"),
+        ("0.png --policy forged.json", "expected them to rise"),
+    ],
+)
+def test_what_cannot_slide_says_why_and_what_to_do(
+    asked: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = make_bundle(tmp_path)
+    policy = policy_on(digest=made.digest)
+    replace(policy, certificate={}).save("bare.json")
+    Policy.full(made).save("full.json")
+    replace(policy, certificate={**policy.certificate, "position": 99}).save("forged.json")
+    Image.fromarray(SAMPLES[0][..., 0]).save("0.png")
+
+    code = entry(["run", *asked.split(), "--device", "host", "--slide", "latency=8ms"])
+
+    shown = capsys.readouterr()
+    assert code == (3 if "forged" in asked else 2)
+    assert said in shown.err and "Hint: " in shown.err
+    assert shown.out == ""
+
+
+@pytest.mark.parametrize("value", [None, "", "full\n", "\x00\xff", "nan\n", "1e999\n"])
+def test_a_sensor_that_says_nonsense_meanwhile_changes_nothing(
+    bundle: Bundle, tmp_path: Path, value: str | None
+) -> None:
+    machine = tree(tmp_path, "host", files={f"{BATTERY}/capacity": "10\n"})
+    clock = iter(range(0, 1000, 10))
+    slider = slider_on(bundle, "battery", machine=machine, clock=lambda: next(clock))
+    slider.move()
+    put(machine, {f"{BATTERY}/capacity": value})
+    slider.move()
+    assert slider.position == CERTIFIED

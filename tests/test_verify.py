@@ -138,6 +138,112 @@ def test_an_altered_value_is_a_difference(
     assert all("\n" not in line and ": " in line for line in outcome.differences)
 
 
+def altered(world: World, path: Path, keys: tuple[Any, ...], change: Any) -> Path:
+    """The policy, saved as *path*, with *change* (a value, or a function of it) made at *keys*."""
+    document = json.loads(world.policy.read_text())
+    inner = document
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = change(inner[keys[-1]]) if callable(change) else change
+    path.write_bytes(json_bytes(document))
+    return path
+
+
+WORKED_OUT = [
+    ("expected", "mean_ms"),
+    ("expected", "worth", "rows", 0, "speed_up", "high"),
+    ("expected", "worth", "rows", 1, "accuracy", "low"),
+    ("certificate", "path_costs", 2),
+    ("certificate", "p_value"),
+]
+DECIDED = [
+    ("thresholds", 0),
+    ("certificate", "path", 3, 0),
+    ("certificate", "delta"),
+    ("certificate", "drop"),
+    ("certificate", "level"),
+    ("target", "max_accuracy_drop"),
+    ("target", "confidence"),
+]
+
+
+@pytest.mark.parametrize("keys", WORKED_OUT)
+def test_what_is_worked_out_may_differ_in_its_last_digits_alone(
+    world: World, tmp_path: Path, keys: tuple[Any, ...]
+) -> None:
+    """As between two processors; whatever is more is named."""
+    path = altered(world, tmp_path / "p.json", keys, lambda value: value * (1 + 1e-12))
+    assert path.read_bytes() != world.policy.read_bytes()
+    assert world.verify(policy_path=path).differences == ()
+
+    altered(world, path, keys, lambda value: value * (1 + 4e-9))
+    (line,) = world.verify(policy_path=path).differences
+    assert line.startswith(f"{keys[0]}.{keys[1]}")
+
+
+@pytest.mark.parametrize("keys", DECIDED)
+def test_what_was_decided_is_equal_to_the_last_digit(
+    world: World, tmp_path: Path, keys: tuple[Any, ...]
+) -> None:
+    path = altered(world, tmp_path / "p.json", keys, lambda value: value * (1 + 1e-14))
+    assert path.read_bytes() != world.policy.read_bytes()
+    assert not world.verify(policy_path=path).holds
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("confidence", -1.0),
+        ("confidence", 2.0),
+        ("confidence", 1e308),
+        ("max_accuracy_drop", -0.02),
+        ("max_accuracy_drop", None),
+        ("max_accuracy_drop", "0.02"),
+        ("max_accuracy_drop", [0.02]),
+        ("latency_budget_ms", -8.0),
+        ("p95_ms", 1e-300),
+        ("rate_hz", 1e300),
+        ("minimize", "everything"),
+        ("minimize", None),
+        ("unheard_of", 1),
+    ],
+)
+def test_an_absurd_target_is_a_difference_and_runs_all_the_same(
+    world: World, tmp_path: Path, key: str, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was asked for has no part in running; a policy runs as its thresholds say."""
+    path = altered(world, tmp_path / "p.json", ("target", key), value)
+    if key == "p95_ms":  # contradicts it
+        document = json.loads(path.read_text())
+        document["target"]["latency_budget_ms"] = 1.0
+        path.write_bytes(json_bytes(document))
+    outcome = world.verify(policy_path=path)
+    assert not outcome.holds
+    assert all("\n" not in line for line in outcome.differences)
+
+    np.save(tmp_path / "x.npy", np.zeros((12, 10, 1), np.uint8))
+    run = ["run", str(world.bundle), str(tmp_path / "x.npy"), "--policy", str(path)]
+    assert entry(run) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("command_name", ["verify", "run"])
+def test_a_target_that_is_no_number_is_a_bad_file(
+    world: World, tmp_path: Path, command_name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "p.json"
+    text = world.policy.read_text().replace('"max_accuracy_drop": 0.02', '"max_accuracy_drop": NaN')
+    path.write_text(text)
+    np.save(tmp_path / "x.npy", np.zeros((12, 10, 1), np.uint8))
+    asked = command(world) if command_name == "verify" else ["run", str(world.bundle)]
+    more = [] if command_name == "verify" else [str(tmp_path / "x.npy")]
+
+    assert entry([*asked, *more, "--policy", str(path)]) == BadFile.exit_code
+    said = capsys.readouterr().err
+    assert "NaN is not allowed" in said
+    assert "Hint: " in said
+
+
 def is_the_same_but_for_rounding(good: bytes, bad: bytes) -> bool:
     """Whether two policy files hold the same, their figures to a share of 1e-9."""
     figures = re.compile(rb"-?\d+\.\d+(?:e-?\d+)?")
