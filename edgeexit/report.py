@@ -337,8 +337,8 @@ def promise(policy: Policy) -> str:
     use = f", use {spent['use']} of these samples" if spent else ""
     return (
         f"Certified with {target['confidence']:.0%} confidence on {held['samples']} samples"
-        f"{use}: {', '.join(caps)} (on samples drawn like these; {held['certified'] + 1} "
-        "policies at once)."
+        f"{use}: {', '.join(caps)} (on samples drawn like these; "
+        f"{_count(held['certified'] + 1, 'policy', 'policies')} at once)."
     )
 
 

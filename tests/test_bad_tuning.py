@@ -10,7 +10,7 @@ import pytest
 from small import EXITS, made_energy, made_profile, made_record, pictures, record_of, small_bundle
 
 from edgeexit import plot, recut, tune
-from edgeexit.bundle import Bundle
+from edgeexit.bundle import Bundle, load_bundle
 from edgeexit.calibration import write_set
 from edgeexit.cli import entry
 from edgeexit.decision import Costs, Record
@@ -318,6 +318,21 @@ def test_a_bundle_to_ship_that_is_interrupted_leaves_nothing(
 
     assert not [p for p in folder.iterdir() if "ship" in p.name]
     assert Path("small.edgeexit/policies/host.json").exists()
+
+
+def test_one_exit_to_ship_alone_comes_without_a_certificate(folder: Path, capsys) -> None:
+    bundle = load_bundle("small.edgeexit")
+    made_profile(head=40e3, bundle_digest=bundle.digest).save("p.json")
+    skilled = made_record(skill=(0.0, 9.0, 9.0), classes=4)
+    replace(skilled, bundle_digest=bundle.digest, specs=bundle.logits).save("r.npz")
+    asked = "--max-accuracy-drop 0.3 -o ship.edgeexit"
+
+    assert run(asked, "--json") == 0
+    assert "no certificate: " in json.loads(capsys.readouterr().out)["uncertified"]
+    assert run(asked) == 0
+    assert "No certificate: accuracy of exit 'exit1' alone" in capsys.readouterr().out
+    shipped = load_bundle("ship.edgeexit")
+    assert (shipped.exits, shipped.policy_devices()) == (("exit1",), [])
 
 
 # ---------------------------------------------------------------- budgets

@@ -174,6 +174,33 @@ def test_a_policy_shows_its_promise_and_its_verdict() -> None:
     assert "does not pay here" in " ".join(report.policy_table(dear.policy, dear.worth).split())
 
 
+def test_a_static_network_to_ship_is_said_to_have_no_certificate() -> None:
+    """One early exit alone was only measured; the full network loses nothing against itself."""
+    asked = Request(target=Target(max_accuracy_drop=0.3))
+    static = tune(made_record(skill=(0.0, 9.0, 9.0)), made_profile(head=40e3), asked)
+    assert (static.worth.ship, static.worth.static_exit) == ("static", "exit1")
+    said = report.uncertified(static.policy, static.worth)
+    assert said is not None
+    right = static.certificate.correct[:, 1].mean()
+    assert said.startswith(
+        "no certificate: accuracy of exit 'exit1' alone as measured on 2000 certificate samples: "
+        f"{right:.2%} ("
+    )
+    assert said[1:] in " ".join(report.policy_table(static.policy, static.worth).split())
+
+    full = tune(made_record(skill=(0.0, 0.0, 7.0)), made_profile(head=90e3), ASKED)
+    assert (full.worth.ship, full.worth.static_exit) == ("static", "exit2")
+    early = tune(made_record(), made_profile(), ASKED)
+    for found in (full, early):
+        assert report.uncertified(found.policy, found.worth) is None
+        assert "o certificate" not in report.policy_table(found.policy, found.worth)
+    other = tune(
+        *(made_record(skill=(0.0, 0.0, 7.0)), made_profile(head=90e3), ASKED),
+        reference=made_record(skill=(0.0, 0.0, 7.0)),
+    )
+    assert "accuracy of exit 'exit2' alone" in str(report.uncertified(other.policy, other.worth))
+
+
 def test_an_evaluation_names_the_worst_confusion() -> None:
     evaluation = Evaluation(
         samples=10,
