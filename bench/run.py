@@ -157,7 +157,7 @@ def _instrument(found: Mapping[str, Any]) -> list[list[str]]:
 def _promise(found: Mapping[str, Any]) -> list[list[str]]:
     names = {
         "path": "path",
-        "shared": "shared threshold, exact or betting",
+        "shared": "shared threshold, path's tests",
         "ltt": "shared, LTT (Hoeffding-Bentkus)",
         "crc": "shared, CRC (an average only)",
         "pareto": "Pareto Testing",
@@ -175,8 +175,24 @@ def _promise(found: Mapping[str, Any]) -> list[list[str]]:
             if figures["refused"] == 1.0:
                 cells.append("refused")
             else:
-                cells.append(f"{figures['saved']:.1%} saved, {figures['broken']:.1%} broken")
+                saved = f"{figures['saved']:.1%} ± {figures['saved_error']:.1%} saved"
+                cells.append(f"{saved}, {figures['broken']:.1%} broken")
         rows.append([title, *cells])
+    return rows
+
+
+def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["samples, exits", "learning s", "certifying s", "peak GB", "growth over n log n"]]
+    for row in found["curve"]:
+        rows.append(
+            [
+                f"{row['samples']:,}, {row['exits']}",
+                f"{row['learn_s']:.2f}",
+                f"{row['certify_s']:.2f}",
+                f"{row['peak_gb']:.2f}",
+                f"{row['growth']:.2f}" if "growth" in row else "-",
+            ]
+        )
     return rows
 
 
@@ -189,6 +205,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "parts": ("Paths priced from their parts against the same paths timed", _parts),
     "conversion": ("What converting costs, imports included", _conversion),
     "instrument": ("What the instrument costs, and whether it agrees with itself", _instrument),
+    "choosing": ("What choosing costs: learning a path, testing it, one core", _choosing),
     "promise": (
         "How often the promise is broken (95 % confidence: at most 5 %), and what it saves",
         _promise,
