@@ -7,7 +7,7 @@ refused whatever the samples say, so that no use of them is counted for it.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,12 +149,8 @@ class Request:
                 f"the profile of {profile.bundle_digest[:12]}",
                 hint="make both with the same bundle",
             )
+        check_choice(record.exits)
         early = len(record.exits) - 1
-        if early == 0:
-            raise UsageError(
-                f"the bundle has one exit ({record.exits[0]!r}): nothing to choose",
-                hint="edgeexit attach gives a network more exits",
-            )
         if self.thresholds is not None and len(self.thresholds) != early:
             raise self._bad_thresholds(f"{early} ")
         for name in self.measures:
@@ -173,6 +169,15 @@ class Request:
                 )
         if reference is not None:
             reference_correct(record, reference)
+
+
+def check_choice(exits: Sequence[str]) -> None:
+    """UsageError if there is no other exit than the final one."""
+    if len(exits) == 1:
+        raise UsageError(
+            f"the bundle has one exit ({exits[0]!r}): nothing to choose",
+            hint="edgeexit attach gives a network more exits",
+        )
 
 
 def rows_of(record: Record, split: str) -> NDArray[np.int64]:

@@ -175,7 +175,7 @@ def tune(
             **request.provenance(),
             "measures_tried": list(request.measures),
             "calibration_set": {"name": record.set_name, "digest": record.set_digest},
-            "reference": "the full int8 network" if reference is None else reference.bundle_digest,
+            "reference": _full_network(record) if reference is None else reference.bundle_digest,
             "profile_verdict": verdict.to_document(),
             "runtime": profile.runtime,
             "threads": profile.threads,
@@ -389,6 +389,11 @@ def _expected(
         **prices.energy(costs, dict(zip(exits, rates.tolist(), strict=True))),
         "worth": worth.to_document(),
     }
+
+
+def _full_network(record: RecordFile) -> str:
+    dtype = record.specs[-1].dtype
+    return f"the full {'float' if dtype == 'float32' else dtype} network"
 
 
 def best_static_exit(made: policy.Policy) -> str:

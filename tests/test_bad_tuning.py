@@ -187,6 +187,17 @@ def test_a_record_that_cannot_be_made_leaves_the_old_one(town, capsys) -> None:
     assert sorted(Path().iterdir()) == before
 
 
+def test_a_bundle_of_one_exit_is_refused_before_anything_is_made(town, capsys) -> None:
+    bundle, _ = town
+    recut.recut(bundle, ["exit2"], "alone.edgeexit")
+    before = sorted(Path().iterdir())
+
+    assert entry(["tune", "alone.edgeexit", *AT_HOME[2:]]) == UsageError.exit_code
+
+    assert "the bundle has one exit ('exit2'): nothing to choose" in capsys.readouterr().err
+    assert sorted(Path().iterdir()) == before
+
+
 def test_the_same_set_named_takes_the_record_that_is_there(town, capsys) -> None:
     assert entry(AT_HOME) == 0
     mine = Path("small-record.npz").stat().st_mtime_ns
@@ -312,7 +323,7 @@ def test_a_bundle_to_ship_that_is_interrupted_leaves_nothing(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recut, "_check_parity", interrupt)
-    monkeypatch.setattr("shutil.copytree", interrupt)
+    monkeypatch.setattr("shutil.copyfile", interrupt)
 
     assert run("-o ship.edgeexit") == 130
 

@@ -169,7 +169,7 @@ def command(
     from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
     from edgeexit.files import file_digest, json_bytes
-    from edgeexit.request import CERTIFICATE, Request, check_inputs
+    from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs
 
     budgets = (latency_budget, energy_budget, p95)
     if max_accuracy_drop is None and not any(budget is not None for budget in budgets):
@@ -191,6 +191,7 @@ def command(
     )
     name = device.find_device(device_name or device.this_device()).name
     bundle = load_bundle(bundle_path or names.only_bundle_here())
+    check_choice(bundle.exits)
     if output is not None:
         check_target(output)
         if output.resolve().is_relative_to(bundle.path.resolve()):
@@ -292,7 +293,12 @@ def _ship(bundle: "Bundle", policy: "Policy", worth: "Worth", output: Path) -> N
         recut(bundle, kept, output)
         return
     with new_folder(output) as folder, storage(output):
-        shutil.copytree(bundle.path, folder, dirs_exist_ok=True)
+        for source in sorted(bundle.path.rglob("*")):
+            copy = folder / source.relative_to(bundle.path)
+            if source.is_dir():
+                copy.mkdir()
+            else:
+                shutil.copyfile(source, copy)
 
 
 def _chart(
