@@ -10,12 +10,12 @@ stays as it is; the whole becomes an int8 bundle, and its record has one split, 
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from nets import SHARED
-from PIL import Image
+from cifar import CLASSES, DATA, NORMAL, SIDE, Cifar
 from torch import nn
 
 from edgeexit.bundle import Bundle
@@ -25,44 +25,14 @@ from edgeexit.host.checkpoint import save_checkpoint
 from edgeexit.host.convert import convert
 from edgeexit.host.train import Choices, train
 from edgeexit.host.zoo import resnet
-from edgeexit.preprocess import Preprocess
-from edgeexit.samples import Samples
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-SIDE, COLUMNS = 32, 40
 RANGES, TRAINING = 1_000, 5_000  # training pictures, those of the ranges behind the others
 PLAIN = {"depth": 20, "exits": [], "shortcut": "A"}
-NORMAL = Preprocess(
-    kind="image",
-    size=(SIDE, SIDE),
-    color="rgb",
-    scale=1 / 255,
-    mean=(0.485, 0.456, 0.406),
-    std=(0.229, 0.224, 0.225),
-    layout="nchw",
-)
-
-
-def pictures(split: str, files: range) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pictures uint8 (N, 32, 32, 3), labels and numbers of the mosaics *files*, lossless alone."""
-    tiles = []
-    for k in files:
-        with Image.open(SHARED / "cifar10" / f"{split}_{k:02d}.webp") as mosaic:
-            pixels = np.asarray(mosaic.convert("RGB"))
-        rows = pixels.shape[0] // SIDE
-        grid = pixels.reshape(rows, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2)
-        tiles.append(grid.reshape(-1, SIDE, SIDE, 3)[:1000])
-    found = np.concatenate(tiles)
-    with np.load(SHARED / "cifar10" / f"{split}_labels.npz") as data:
-        numbers = np.arange(files.start * 1000, files.start * 1000 + len(found))
-        labels, source = data["labels"][numbers], data["source"][numbers]
-    lossless = source > 0
-    return found[lossless], labels[lossless].astype(np.int64), numbers[lossless]
 
 
 def plain_network() -> nn.Module:
     """The pretrained network; its tensors stand in the file in the order of ours."""
-    path = SHARED / "cifar_resnets" / "resnet20-12fca82f.th"
+    path = DATA / "cifar_resnets" / "resnet20-12fca82f.th"
     given = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = resnet(**PLAIN)
     own = model.state_dict()
@@ -76,10 +46,11 @@ def plain_network() -> nn.Module:
 
 def bundle_in(folder: Path) -> Bundle:
     """The int8 bundle of the network with its trained exits, made below *folder*."""
-    samples, labels, _ = pictures("train", range(-(-(TRAINING + RANGES) // 1000) + 1))
-    np.savez(folder / "training.npz", samples=samples[:TRAINING], labels=labels[:TRAINING])
-    behind = slice(TRAINING, TRAINING + RANGES)
-    np.savez(folder / "ranges.npz", samples=samples[behind], labels=labels[behind])
+    cifar = Cifar()
+    training = cifar.pictures("train", TRAINING)
+    behind = cifar.pictures("train", RANGES, behind=TRAINING)
+    np.savez(folder / "training.npz", samples=training.samples, labels=training.labels)
+    np.savez(folder / "ranges.npz", samples=behind.samples, labels=behind.labels)
     save_checkpoint(
         folder / "plain.pt",
         model=plain_network(),
@@ -101,13 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("-o", "--out", type=Path, required=True)
     out = parser.parse_args().out
-    samples, labels, numbers = pictures("test", range(10))
-    population = Samples(
-        samples=samples,
-        labels=labels,
-        ids=np.array([f"test-{number:05d}" for number in numbers]),
-        name="cifar10:population",
-    )
+    population = replace(Cifar().pictures("test"), name="cifar10:population")
     with tempfile.TemporaryDirectory() as folder:
         found = record(bundle_in(Path(folder)), [population])
     found.save(out)

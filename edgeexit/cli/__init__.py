@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -101,7 +101,8 @@ def entry(argv: Sequence[str] | None = None) -> int:
     bug shows its traceback as well.
     """
     args = sys.argv[1:] if argv is None else list(argv)
-    try:
+
+    def called() -> None:
         if "_EDGEEXIT_COMPLETE" in os.environ:  # the shell asks for completions
             main.main(args=args, prog_name=_PROGRAM)
         # Not main.main(): that turns a closed pipe into exit code 1 and an EOFError into Ctrl-C.
@@ -109,6 +110,14 @@ def entry(argv: Sequence[str] | None = None) -> int:
             main.invoke(context)
         if sys.stdout is not None:
             sys.stdout.flush()
+
+    return guarded(called)
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """The exit code of *work*: whatever it raises becomes one line on stderr, as in entry."""
+    try:
+        work()
     except EdgeExitError as error:
         return _refuse(str(error), error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -1,0 +1,121 @@
+"""
+CIFAR-10 as `shared/data` holds it: pictures out of lossless mosaics, every digest checked.
+
+Callers see Cifar, and what a network for these pictures is told (CLASSES, NORMAL). Pictures that
+were JPEG copies are left out. The digests stand in MANIFEST.tsv beside the data, and LISTED pins
+that list: whoever measures, measures on the same pictures.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from common import CHECKOUT
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from edgeexit.errors import BadFile, UsageError
+from edgeexit.files import digest_of, parse_npz, read_bytes
+from edgeexit.preprocess import Preprocess
+from edgeexit.samples import Samples
+
+DATA = CHECKOUT.parent / "shared" / "data"
+LISTED = "ba42468f98ac0dcaefdbeffa69fafe6f35228ba3a0e2f141b786e310e6d12d81"
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE, COLUMNS, IN_MOSAIC = 32, 40, 1000
+NORMAL = Preprocess(
+    kind="image",
+    size=(SIDE, SIDE),
+    color="rgb",
+    scale=1 / 255,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    layout="nchw",
+)
+_MOST_BYTES = 64 << 20
+
+
+class Cifar:
+    """
+    The data set in the folder *data*/cifar10; *listed* is the digest of its part of the manifest.
+
+    UsageError if it is not there, BadFile if the manifest is another one.
+    """
+
+    def __init__(self, data: Path = DATA, *, listed: str = LISTED) -> None:
+        self.data = data
+        where = data / "MANIFEST.tsv"
+        if not where.is_file():
+            raise UsageError(
+                f"{where}: no such file: CIFAR-10 lies in the folder shared/data beside the "
+                "checkout",
+                hint="put it there, or name its folder with --data",
+            )
+        lines = read_bytes(where).decode(errors="replace").splitlines()
+        rows = [line.split("\t") for line in lines]
+        self.digests = {r[0]: r[2] for r in rows if r[0].startswith("cifar10/") and len(r) > 2}
+        found = manifest_digest(self.digests)
+        if found != listed:
+            raise BadFile(
+                f"{where}: cifar10: lists other files (digest {found[:12]}) than this bench was "
+                f"made with ({listed[:12]})",
+                hint="get the data again",
+            )
+
+    def pictures(self, split: str, count: int | None = None, *, behind: int = 0) -> Samples:
+        """
+        The *count* lossless pictures (None: all) of *split* behind the first *behind*.
+
+        Ids are "train-00017": the split and the picture's number in it. UsageError if there are
+        too few or a file is absent, BadFile if a file has another digest than the manifest's.
+        """
+        labels, lossless = self._labels(split)
+        usable = np.flatnonzero(lossless)
+        chosen = usable[behind:] if count is None else usable[behind : behind + count]
+        if not len(chosen) or (count is not None and len(chosen) < count):
+            raise UsageError(
+                f"{self.data}: {split}: {len(usable)} lossless pictures, "
+                f"{count or 1} behind the first {behind} are asked for"
+            )
+        first, last = chosen[0] // IN_MOSAIC, chosen[-1] // IN_MOSAIC
+        mosaics = np.concatenate([self._mosaic(split, k) for k in range(first, last + 1)])
+        return Samples(
+            samples=mosaics[chosen - first * IN_MOSAIC],
+            labels=labels[chosen].astype(np.int64),
+            ids=np.array([f"{split}-{number:05d}" for number in chosen]),
+            name=f"cifar10:{split}",
+        )
+
+    def _checked(self, name: str) -> bytes:
+        path = self.data / name
+        if name not in self.digests:
+            raise UsageError(f"{path}: the manifest lists no such file")
+        data = read_bytes(path, limit_bytes=_MOST_BYTES)
+        if digest_of(data) != self.digests[name]:
+            raise BadFile(
+                f"{path}: digest {digest_of(data)[:12]}, expected {self.digests[name][:12]}",
+                hint="get the data again",
+            )
+        return data
+
+    def _labels(self, split: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        name = f"cifar10/{split}_labels.npz"
+        arrays = parse_npz(self._checked(name), str(self.data / name))
+        return arrays.get("labels", kinds="iu", ndim=1), arrays.get("source", kinds="iu") > 0
+
+    def _mosaic(self, split: str, number: int) -> NDArray[np.uint8]:
+        """The pictures of one mosaic, uint8 (1000, 32, 32, 3), row by row."""
+        name = f"cifar10/{split}_{number:02d}.webp"
+        try:
+            with Image.open(io.BytesIO(self._checked(name))) as mosaic:
+                pixels = np.asarray(mosaic.convert("RGB"))
+        except UnidentifiedImageError as error:
+            raise BadFile(f"{self.data / name}: not a picture") from error
+        rows = pixels.shape[0] // SIDE
+        grid = pixels.reshape(rows, SIDE, COLUMNS, SIDE, 3).swapaxes(1, 2)
+        return grid.reshape(-1, SIDE, SIDE, 3)[:IN_MOSAIC]
+
+
+def manifest_digest(digests: dict[str, str]) -> str:
+    """The digest of a list of files with their digests."""
+    return digest_of("".join(f"{name} {digests[name]}\n" for name in sorted(digests)).encode())
