@@ -58,6 +58,8 @@ def run(*asked: str) -> int:
         ("--rate 0", "inputs a second, found 0"),
         ("--rate -30", "inputs a second, found -30"),
         ("--rate nan", "is not a finite number"),
+        ("--advise --latency-budget 1ms", "--advise tells what labels buy for an accuracy drop"),
+        ("--rival small.edgeexit", "expected both or none of them"),
     ],
 )
 def test_what_is_refused_costs_no_use_and_writes_nothing(
@@ -344,6 +346,14 @@ def test_one_exit_to_ship_alone_comes_without_a_certificate(folder: Path, capsys
     assert "No certificate: accuracy of exit 'exit1' alone" in capsys.readouterr().out
     shipped = load_bundle("ship.edgeexit")
     assert (shipped.exits, shipped.policy_devices()) == (("exit1",), [])
+
+
+def test_a_bundle_that_takes_no_policy_costs_no_use(folder: Path, capsys) -> None:
+    Path("small.edgeexit/policies").write_text("not a folder")
+
+    assert run() == StorageError.exit_code
+    assert "policies" in capsys.readouterr().err
+    assert not Path("l.json").exists()
 
 
 # ---------------------------------------------------------------- budgets

@@ -168,7 +168,7 @@ def command(
     from edgeexit.bundle import check_target, load_bundle
     from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
-    from edgeexit.files import file_digest, json_bytes
+    from edgeexit.files import check_output, file_digest, json_bytes
     from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs
 
     budgets = (latency_budget, energy_budget, p95)
@@ -200,8 +200,17 @@ def command(
             )
     if plot_path is not None:
         plot.check_plot(plot_path)
+    check_output(bundle.policy_path(name))
+    if advise and max_accuracy_drop is None:
+        raise UsageError(
+            "--advise tells what labels buy for an accuracy drop, and none is asked for",
+            hint="give --max-accuracy-drop, too",
+        )
     if (rival is None) != (rival_profile is None):
-        raise UsageError("--rival and --rival-profile: expected both or none of them")
+        raise UsageError(
+            "--rival and --rival-profile: expected both or none of them",
+            hint="make the profile with: edgeexit profile RIVAL",
+        )
     source = profile_path or Path(f"profile-{name}.json")
     profile = load_profile(source, name, accept_disturbed)
     record_path, record = find_record(bundle, record_path, calibration)
