@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edgeexit import certify
 from edgeexit.decision import Bools, Costs, Family, Floats, Policy, Record, Tally
@@ -317,7 +316,7 @@ def decide(
         raise _no_row(family, tally, share, caps, None if level is None else last)
     both = _pooled(seen, tally)
     # Sets of exits that the profile cannot price are not taken.
-    unpriced = np.isnan(prices) & _kept_matrix(family)
+    unpriced = np.isnan(prices) & family.kept
     means = np.where(unpriced.any(axis=1), np.inf, mean_costs(both, np.nan_to_num(prices)))
     rows = np.arange(first, last + 1)
     if level is not None:
@@ -353,12 +352,6 @@ def _no_row(
         f"no policy is certified to keep all that was asked for: {'; '.join(kept)}",
         hint="allow a larger budget or accuracy drop, or take a smaller network",
     )
-
-
-def _kept_matrix(family: Family) -> NDArray[np.bool_]:
-    """Which exits each policy computes, bool (S, E)."""
-    final = np.ones((len(family), 1), np.bool_)
-    return np.hstack([family.thresholds < np.inf, final])
 
 
 def _pooled(a: Tally, b: Tally) -> Floats:

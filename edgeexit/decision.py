@@ -137,9 +137,9 @@ class Costs:
             object.__setattr__(self, name, array)
 
     def at(self, kept: NDArray[Any]) -> Floats:
-        """What leaving at each exit costs, float64 (E,), if those in *kept* (bool (E,)) run."""
+        """What leaving at each exit costs, float64 (..., E), if *kept*, bool (..., E), run."""
         extra = np.where(kept, self.head + self.handover, 0.0)
-        return np.asarray(np.cumsum(self.backbone + extra))
+        return np.asarray(np.cumsum(self.backbone + extra, axis=-1))
 
     @property
     def full(self) -> float:
@@ -227,6 +227,11 @@ class Family:
     def __len__(self) -> int:
         return len(self.thresholds)
 
+    @property
+    def kept(self) -> Bools:
+        """Which exits each policy computes, bool (S, E); the final one always."""
+        return np.hstack([self.thresholds < np.inf, np.ones((len(self), 1), np.bool_)])
+
     def policy(self, place: int) -> Policy:
         """The policy at *place*."""
         row = tuple(map(float, self.thresholds[place]))
@@ -244,8 +249,7 @@ class Family:
 
     def mean_costs(self, tally: Tally, costs: Costs) -> Floats:
         """The mean cost of each policy, float64 (S,), at the rates of *tally*."""
-        per_exit = np.array([costs.at(self.policy(s).kept) for s in range(len(self))])
-        return np.asarray((tally.rates * per_exit).sum(axis=1))
+        return np.asarray((tally.rates * costs.at(self.kept)).sum(axis=1))
 
     def tally(self, record: Record) -> Tally:
         """What the policies do to *record*; linear in samples where thresholds only fall."""
