@@ -349,7 +349,10 @@ def _late_cap(profile: Profile, p95_ms: float) -> Cap:
             quantile_ns(profile, _kept_names(exits, family.policy(row).kept), rates, 0.95)
             for row, rates in enumerate(tally.rates)
         )
-        return f"the least p95 of all is about {found / 1e6:.4g} ms"
+        said = f"the least p95 of all is about {found / 1e6:.4g} ms"
+        if found > limit_ns:
+            return said
+        return f"{said}, but the profile has too few single calls, or {CERTIFICATE} too few samples"
 
     return Cap(
         text=f"a p95 of {p95_ms:g} ms",
