@@ -110,14 +110,17 @@ def check_feasible(samples: int, target: Target, delta: float) -> None:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cap:
     """
-    A budget: *text* names it, *test* gives p-values, float64 (S,), of "this policy breaks it".
+    A budget: *what* ("mean latency") may be at most *limit*, in *unit*.
 
-    *least* says in words how near to it any policy of a family comes.
+    test(family, tally) gives p-values, float64 (S,), of "this policy breaks it"; least(family,
+    tally) the least that any policy of the family needs.
     """
 
-    text: str
+    what: str
+    limit: float
+    unit: str
     test: Callable[[Family, Tally], Floats]
-    least: Callable[[Family, Tally], str]
+    least: Callable[[Family, Tally], float]
 
     def first_kept(self, family: Family, tally: Tally, delta: float) -> int:
         """The strictest row from which on, seen from the loosest, the cap is certified."""
@@ -346,8 +349,16 @@ def _no_row(
     for cap in caps:
         first = cap.first_kept(family, tally, share)
         if first > most:
-            rows = f"from row {first} on" if first < len(family) else "by none"
-            kept.append(f"{cap.text} {rows} ({cap.least(family, tally)})")
+            least = cap.least(family, tally)
+            rows, why = f"from row {first} on", ""
+            if first == len(family):
+                rows = "by none"
+                if least <= cap.limit:
+                    why = ", but too few samples, or single calls in the profile, show it"
+            kept.append(
+                f"a {cap.what} of {cap.limit:g} {cap.unit} {rows} "
+                f"(the least of all is {least:.4g} {cap.unit}{why})"
+            )
     return OutOfReach(
         f"no policy is certified to keep all that was asked for: {'; '.join(kept)}",
         hint="allow a larger budget or accuracy drop, or take a smaller network",

@@ -307,27 +307,28 @@ def _costs(prices: Prices, target: Target) -> tuple[Costs, Pricing, tuple[Cap, .
 
     caps = []
     if target.latency_budget_ms is not None:
-        caps.append(_mean_cap("latency", target.latency_budget_ms, "ms", latency, 1e6))
+        caps.append(_mean_cap("mean latency", target.latency_budget_ms, "ms", latency, 1e6))
     if target.energy_budget_mj is not None:
-        caps.append(_mean_cap("energy", target.energy_budget_mj, "mJ", energy, 1.0))
+        caps.append(_mean_cap("mean energy", target.energy_budget_mj, "mJ", energy, 1.0))
     if target.p95_ms is not None:
         caps.append(_late_cap(profile, target.p95_ms))
     pricing = energy if target.minimize == ENERGY else latency
     return prices.parts_ns(), pricing, tuple(caps)
 
 
-def _mean_cap(what: str, budget: float, unit: str, pricing: Pricing, per_unit: float) -> Cap:
-    """A mean cost of at most *budget* units; *pricing* counts *per_unit* in each."""
+def _mean_cap(what: str, limit: float, unit: str, pricing: Pricing, per_unit: float) -> Cap:
+    """A mean of at most *limit* units; *pricing* counts *per_unit* in each."""
 
-    def least(family: Family, tally: Tally) -> str:
+    def least(family: Family, tally: Tally) -> float:
         prices = np.nan_to_num(row_costs(family, pricing), nan=np.inf)
-        found = float(mean_costs(tally.rates, prices).min())
-        return f"the least mean of all is {found / per_unit:.4g} {unit}"
+        return float(mean_costs(tally.rates, prices).min()) / per_unit
 
     return Cap(
-        text=f"a mean {what} of {budget:g} {unit}",
+        what=what,
+        limit=limit,
+        unit=unit,
         test=lambda family, tally: mean_p_values(
-            tally.rates, tally.samples, row_costs(family, pricing), budget * per_unit
+            tally.rates, tally.samples, row_costs(family, pricing), limit * per_unit
         ),
         least=least,
     )
@@ -344,18 +345,16 @@ def _late_cap(profile: Profile, p95_ms: float) -> Cap:
         ]
         return np.array(shares)
 
-    def least(family: Family, tally: Tally) -> str:
-        found = min(
+    def least(family: Family, tally: Tally) -> float:
+        return 1e-6 * min(
             quantile_ns(profile, _kept_names(exits, family.policy(row).kept), rates, 0.95)
             for row, rates in enumerate(tally.rates)
         )
-        said = f"the least p95 of all is about {found / 1e6:.4g} ms"
-        if found > limit_ns:
-            return said
-        return f"{said}, but the profile has too few single calls, or {CERTIFICATE} too few samples"
 
     return Cap(
-        text=f"a p95 of {p95_ms:g} ms",
+        what="p95",
+        limit=p95_ms,
+        unit="ms",
         test=lambda family, tally: late_p_values(
             tally.rates, tally.samples, row_costs(family, late)
         ),

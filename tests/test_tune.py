@@ -14,6 +14,7 @@ from edgeexit.policy import DROPPED, Confidence, Policy
 from edgeexit.request import Request, check_inputs, check_verdict
 from edgeexit.search import leaves_at
 from edgeexit.state import Reading
+from edgeexit.targets import quantile_ns
 
 
 def tuned(record, profile, drop: float, measure: str | None = None, **more: object) -> Policy:
@@ -247,6 +248,18 @@ def test_a_p95_keeps_the_share_of_late_answers_within_five_per_cent() -> None:
     profile = made_profile(blocks=40)  # so many calls that 1 % late ones would show
     policy = tune.tune(made_record(), profile, asked(p95_ms=0.25)).policy
     assert policy.expected["exit_rates"][2] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("rates", "ms"),
+    [((0.96, 0.02, 0.02), 0.105), ((0.94, 0.03, 0.03), 0.21), ((0.5, 0.44, 0.06), 0.315)],
+)
+def test_the_p95_of_a_policy_is_the_time_that_so_many_answers_keep(
+    rates: tuple[float, ...], ms: float
+) -> None:
+    found = quantile_ns(made_profile(), EXITS, np.array(rates), 0.95)
+    assert found == pytest.approx(ms * 1e6)
+    assert quantile_ns(made_profile(), EXITS, np.array([0.0, 0.0, 1.0]), 0.95) >= found
 
 
 def test_an_energy_budget_needs_joules() -> None:
