@@ -10,9 +10,12 @@ Ito's, which colour-blind readers tell apart; nothing is told by colour alone.
 import importlib.util
 import io
 import math
+import signal
 import textwrap
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -228,7 +231,7 @@ def draw(shown: Chart, path: Path | str) -> None:
     rows = math.ceil(len(panels) / columns)
     width, height = _PANEL_INCHES
     data = io.BytesIO()
-    with style.context(["default", _STYLE]), warnings.catch_warnings():
+    with _interrupted_later(), style.context(["default", _STYLE]), warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
@@ -242,6 +245,23 @@ def draw(shown: Chart, path: Path | str) -> None:
             data, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None}
         )
     write_file(path, data.getvalue())
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C waits until the end: the library's compiled parts turn it into other errors."""
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 # ---------------------------------------------------------------- panels

@@ -1,7 +1,9 @@
 """One figure from one chart: the same bytes each time, nothing left out, refusals before work."""
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from populations import SYNTHETIC_COSTS, synthetic
 
+from edgeexit import plot
 from edgeexit.advisor import Advice, Point
 from edgeexit.decision import Costs, Family, Record
 from edgeexit.errors import StorageError, UsageError
@@ -177,6 +180,25 @@ def test_without_the_library_the_hint_is_how_to_install_it(
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work() -> None:
     with pytest.raises((StorageError, UsageError)):
         check_plot("/proc/out.svg")
+
+
+def test_ctrl_c_while_drawing_waits_for_its_end_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside of the library it came out as a ValueError, as if edgeexit had a bug."""
+    drawn = []
+
+    def press(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        drawn.append("a panel")
+
+    monkeypatch.setattr(plot, "_histogram", press)
+    with pytest.raises(KeyboardInterrupt):
+        draw(made(), tmp_path / "x.svg")
+
+    assert drawn == ["a panel"]
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_library_is_loaded_only_to_draw() -> None:

@@ -164,11 +164,11 @@ def command(
     BUNDLE/policies/DEVICE.json. A profile that was disturbed is refused (exit 6); one that has
     not converged gives a warning. edgeexit verify recomputes all of it.
     """
-    from edgeexit import advisor, device, ledger, names, plot, report, tune
+    from edgeexit import advisor, device, ledger, names, plot, tune
     from edgeexit.bundle import check_target, load_bundle
     from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
-    from edgeexit.files import check_output, file_digest, json_bytes
+    from edgeexit.files import check_output, file_digest
     from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs
 
     budgets = (latency_budget, energy_budget, p95)
@@ -263,27 +263,35 @@ def command(
                 *(found.method, found.tuning, found.certificate, found.costs_ns, found.goal),
                 on_step=lambda done: bar.update(round(100 * done) - bar.pos),
             )
-    uncertified = report.uncertified(found.policy, worth)
+    # A full disk, or Ctrl-C, must not keep the result back.
+    try:
+        if output is not None:
+            _ship(bundle, found.policy, worth, output)
+            click.echo(f"wrote {output}", err=True)
+        if plot_path is not None:
+            plot.draw(_chart(found, record, reference, bundle.name, advice), plot_path)
+            click.echo(f"wrote {plot_path}", err=True)
+    finally:
+        _show(found.policy, worth, advice, as_json)
+
+
+def _show(policy: "Policy", worth: "Worth", advice: "Advice | None", as_json: bool) -> None:
+    from edgeexit import report
+    from edgeexit.files import json_bytes
+
     if as_json:
         document = {
-            **found.policy.to_document(),
+            **policy.to_document(),
             "early_exit_pays": worth.pays,
             "worth": worth.to_document(),
-            "uncertified": uncertified,
+            "uncertified": report.uncertified(policy, worth),
             "advice": None if advice is None else advice.to_document(),
         }
         click.echo(json_bytes(document), nl=False)
-    else:
-        click.echo(report.policy_table(found.policy, worth))
-        if advice is not None:
-            click.echo(f"Advice: {advice.sentence}")
-    # What may fail for want of space comes last: policy and tables are there by then.
-    if output is not None:
-        _ship(bundle, found.policy, worth, output)
-        click.echo(f"wrote {output}", err=True)
-    if plot_path is not None:
-        plot.draw(_chart(found, record, reference, bundle.name, advice), plot_path)
-        click.echo(f"wrote {plot_path}", err=True)
+        return
+    click.echo(report.policy_table(policy, worth))
+    if advice is not None:
+        click.echo(f"Advice: {advice.sentence}")
 
 
 def _ship(bundle: "Bundle", policy: "Policy", worth: "Worth", output: Path) -> None:
