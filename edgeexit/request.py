@@ -18,7 +18,7 @@ from edgeexit import __version__, families, ledger
 from edgeexit.blocks import DISTURBED, EMULATED, Verdict
 from edgeexit.bundle import Bundle
 from edgeexit.choice import FIXED
-from edgeexit.errors import BadFile, Disturbed, UsageError
+from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.evaluate import Record
 from edgeexit.families import METHODS, Method
 from edgeexit.files import Table
@@ -31,6 +31,9 @@ from edgeexit.targets import ENERGY, Target
 from edgeexit.verdict import judge
 
 TUNING, CERTIFICATE = "tuning", "certificate"
+
+# A time below this share of the quickest path is out of reach, whatever that is wrong by.
+_HOPELESS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +144,8 @@ class Request:
         Refuse what tune cannot do with these files whatever the samples say.
 
         UsageError for one exit, a missing split, thresholds that are too few or too many and
-        joules that are not there; BadFile for files that do not fit together.
+        joules that are not there; BadFile for files that do not fit together; OutOfReach for
+        times far below what any answer takes.
         """
         if record.bundle_digest != profile.bundle_digest or record.exits != profile.exits:
             raise BadFile(
@@ -166,6 +170,15 @@ class Request:
             if math.isnan(Prices(profile).energy_mj((final,), final)):
                 raise UsageError(
                     "the profile holds no joules of the network without early exits", hint=hint
+                )
+        quickest_ms = min(map(profile.value_ns, profile.cases)) / 1e6
+        target = self.target
+        for what, limit in (("mean latency", target.latency_budget_ms), ("p95", target.p95_ms)):
+            if limit is not None and limit < _HOPELESS * quickest_ms:
+                raise OutOfReach(
+                    f"a {what} of {limit:g} ms: the quickest way to any answer takes "
+                    f"{quickest_ms:.4g} ms",
+                    hint="allow more, or take a smaller network",
                 )
         if reference is not None:
             reference_correct(record, reference)

@@ -360,10 +360,17 @@ def test_a_bundle_that_takes_no_policy_costs_no_use(folder: Path, capsys) -> Non
 
 
 def test_a_p95_out_of_reach_is_told_as_a_p95(folder: Path, capsys) -> None:
-    assert run("--p95 0.01ms") == OutOfReach.exit_code
+    assert run("--p95 0.06ms") == OutOfReach.exit_code
     said = capsys.readouterr().err
-    assert "a p95 of 0.01 ms by none (the least of all is 0.1" in said
+    assert "a p95 of 0.06 ms by none (the least of all is 0.1" in said
     assert "mean" not in said
+
+
+@pytest.mark.parametrize("asked", ["--p95 0.01ms", "--latency-budget 1e-9ms --p95 9ms"])
+def test_a_time_far_below_any_answer_costs_no_use(asked: str, folder: Path, capsys) -> None:
+    assert run(asked) == OutOfReach.exit_code
+    assert "the quickest way to any answer takes 0.105 ms" in capsys.readouterr().err
+    assert not Path("l.json").exists()
 
 
 def test_too_few_calls_for_a_p95_are_told(folder: Path, capsys) -> None:
@@ -375,11 +382,11 @@ def test_too_few_calls_for_a_p95_are_told(folder: Path, capsys) -> None:
 
 
 def test_each_budget_out_of_reach_is_named(folder: Path, capsys) -> None:
-    assert run("--latency-budget 0.02ms --p95 0.01ms --max-accuracy-drop 0.1") == 7
+    assert run("--latency-budget 0.07ms --p95 0.06ms --max-accuracy-drop 0.1") == 7
     said = capsys.readouterr().err
     assert "the accuracy up to row " in said
-    assert "a mean latency of 0.02 ms by none (the least of all is 0.1" in said
-    assert "a p95 of 0.01 ms by none" in said
+    assert "a mean latency of 0.07 ms by none (the least of all is 0.1" in said
+    assert "a p95 of 0.06 ms by none" in said
 
 
 def test_without_an_accuracy_drop_the_measure_keeps_most_within_the_budget() -> None:

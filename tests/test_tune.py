@@ -230,7 +230,7 @@ def test_a_latency_budget_takes_the_most_accurate_policy_within_it() -> None:
 
 def test_a_budget_below_the_first_exit_is_out_of_reach() -> None:
     with pytest.raises(OutOfReach, match="no policy is certified"):
-        tune.tune(made_record(), made_profile(), asked(latency_budget_ms=0.05))
+        tune.tune(made_record(), made_profile(), asked(latency_budget_ms=0.06))
 
 
 def test_two_targets_hold_together_and_share_the_risk() -> None:
