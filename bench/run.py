@@ -49,7 +49,7 @@ def _early_exit(found: Mapping[str, Any]) -> list[list[str]]:
     before, after = found["expected_us"]
     rows.append(
         [
-            f"what tune expected of it, from profiles before and after the runs: leaving {expected}",
+            f"expected by tune, from profiles before and after the runs: leaving {expected}",
             f"{before:.1f} and {after:.1f}",
             f"run over expected: {_spread(found['run_over_expected'])}",
         ]
