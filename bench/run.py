@@ -4,6 +4,7 @@ Run every measurement and write docs/results.md from the JSON of all that have b
     python bench/run.py [--table-only] [NAME...]
 """
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -205,6 +206,26 @@ def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+# Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
+PAPERS = {"seeds-gormez": "Pruning and early exit, by Görmez & Koyuncu's two strategies"}
+SETTINGS = {"": "small setting", "-full": "the paper's schedule"}
+
+
+def _paper(name: str) -> Any:
+    """The module of bench/seeds that makes, describes and draws the table *name*."""
+    return importlib.import_module(name.replace("seeds-", "seeds."))
+
+
+def _papers() -> dict[str, tuple[str, str]]:
+    """Result file -> (paper, title), of those that are there."""
+    return {
+        name + suffix: (name, f"{title}: {setting}")
+        for name, title in PAPERS.items()
+        for suffix, setting in SETTINGS.items()
+        if (RESULTS / f"{name}{suffix}.json").exists()
+    }
+
+
 Table = Callable[[Mapping[str, Any]], list[list[str]]]
 BENCHES: dict[str, tuple[str, Table]] = {
     "early_exit": ("What early exit saves on the shipped network", _early_exit),
@@ -230,14 +251,30 @@ def page() -> str:
         if not path.exists():
             continue
         found = json.loads(path.read_text())
-        machine = found.pop("machine")
-        command = found.pop("command")
+        where = _where(found.pop("machine"), found.pop("command"))
         rows = table(found)
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         lines.insert(1, "|" + "---|" * len(rows[0]))
-        where = f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}"
-        parts.append(f"## {title}\n\n`{command}` on {where}:\n\n" + "\n".join(lines) + "\n")
+        parts.append(f"## {title}\n\n{where}:\n\n" + "\n".join(lines) + "\n")
+    for name, (paper, title) in _papers().items():
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        where = _where(found["machine"], found["command"])
+        parts.append(f"## {title}\n\n{where}.\n\n{_paper(paper).page(found)}")
     return "\n".join(parts)
+
+
+def _where(machine: Mapping[str, Any], command: str) -> str:
+    return f"`{command}` on {machine['cpu']}, {machine['cores']} cores, {machine['date']}"
+
+
+def draw() -> None:
+    """Draw the papers' figures into docs/img; says so where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print('no figures: pip install "edgeexit[plot]"', file=sys.stderr)
+        return
+    for name, (paper, _) in _papers().items():
+        found = json.loads((RESULTS / f"{name}.json").read_text())
+        _paper(paper).draw(found, CHECKOUT / "docs" / "img")
 
 
 def main() -> None:
@@ -247,6 +284,7 @@ def main() -> None:
             print(f"{name} ...", file=sys.stderr)
             subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
     (CHECKOUT / "docs" / "results.md").write_text(page())
+    draw()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,430 @@
+"""
+The kinds of steps that papers' tables are made of, each a short call of edgeexit's own functions.
+
+Callers see data_step, start_step, train_step, prune_step, answers_step and int8_step; the results
+of the last two are read with answers_of. Trainings and prunings keep their own state files, so a
+killed one loses an epoch at most. Nothing here knows a paper.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cifar import CLASSES, NORMAL, SIDE, Cifar
+from numpy.typing import NDArray
+from seeds.curves import class_mean
+from seeds.steps import Job, Step
+
+from edgeexit.decision import Costs, Record
+from edgeexit.errors import UsageError
+from edgeexit.files import digest_of, npz_bytes, read_npz, write_file
+from edgeexit.samples import Samples
+
+INPUT_SHAPE = (1, 3, SIDE, SIDE)
+BATCH = 250
+# What a sample costs beside its forward: the backward in a training, nothing in a test.
+FORWARD = 1 / 3
+
+
+# ---------------------------------------------------------------- data
+
+
+def data_step(cifar: Cifar, *, training: int, ranges: int, test: int | None) -> Step:
+    """
+    training.npz, ranges.npz (the training pictures behind those) and test.npz, lossless alone.
+
+    *test* None: all of them.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        splits = {
+            "training": cifar.pictures("train", training),
+            "ranges": cifar.pictures("train", ranges, behind=training),
+            "test": cifar.pictures("test", test),
+        }
+        for name, found in splits.items():
+            arrays = {"samples": found.samples, "labels": found.labels, "ids": found.ids}
+            write_file(job.folder / f"{name}.npz", npz_bytes(arrays))
+        return {
+            name: {"pictures": len(found), "digest": found.digest} for name, found in splits.items()
+        }
+
+    task = {"training": training, "ranges": ranges, "test": test}
+    return Step(name="data", task=task, run=run, extra_s=10.0)
+
+
+def _samples(path: Path) -> Samples:
+    arrays = read_npz(path)
+    return Samples(
+        samples=arrays.get("samples"),
+        labels=arrays.get("labels"),
+        ids=arrays.get("ids"),
+        name=path.stem,
+    )
+
+
+# ---------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Net:
+    """
+    A plain ResNet with an exit behind each of some *blocks* (numbers from 1), and the final one.
+
+    *gmacs* are its MACs, heads included, in billions.
+    """
+
+    depth: int
+    blocks: tuple[int, ...]
+    shortcut: str = "B"
+    head: str = "pooled"
+
+    @property
+    def exits(self) -> int:
+        """How many exits there are, the final one included."""
+        return len(self.blocks) + 1
+
+    @property
+    def gmacs(self) -> float:
+        """Billions of MACs: what its 3x3 convolutions take; the rest is a percent."""
+        per_stage = (self.depth - 2) // 3 * 16 * 16 * 9 * SIDE * SIDE
+        return (3 * per_stage + 16 * 3 * 9 * SIDE * SIDE) / 1e9
+
+
+def start_step(net: Net, *, seed: int) -> Step:
+    """The untrained network with its exits; every strategy of the seed starts from it."""
+
+    def run(job: Job) -> dict[str, Any]:
+        import torch
+
+        from edgeexit.host.attach import attach_exits
+        from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint
+        from edgeexit.host.zoo import resnet
+
+        kwargs = {"depth": net.depth, "exits": [], "shortcut": net.shortcut}
+        torch.manual_seed(seed)
+        plain = job.folder / "plain.pt"
+        save_checkpoint(
+            plain,
+            model=resnet(**kwargs),
+            arch="edgeexit.host.zoo:resnet",
+            kwargs=kwargs,
+            input_shape=INPUT_SHAPE,
+            class_names=CLASSES,
+            preprocess=NORMAL,
+        )
+        attach_exits(
+            plain,
+            job.folder / "model.pt",
+            at=[f"blocks.{block - 1}" for block in net.blocks],
+            head=net.head,
+            is_measured=False,
+            again=True,
+        )
+        found = load_checkpoint(job.folder / "model.pt")
+        return {"exits": list(found.exits), **_weights(found.model)}
+
+    return Step(name=f"{seed}/start", task={"net": asdict(net), "seed": seed}, run=run, extra_s=3.0)
+
+
+def train_step(
+    name: str,
+    source: str,
+    net: Net,
+    *,
+    pictures: int,
+    augmentation: Mapping[str, Any],
+    training: Mapping[str, Any],
+) -> Step:
+    """
+    Train the network of the step *source*; *augmentation* and *training* as in a recipe.
+
+    *pictures* is how many there are, the held-out tenth included: for the estimate alone.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.host.train import train
+
+        recipe = job.folder / "recipe.toml"
+        tables = {
+            "model": {"checkpoint": str(job.of(source) / "model.pt")},
+            "data": {"path": str(job.of("data") / "training.npz")},
+            "augmentation": augmentation,
+            "training": training,
+        }
+        write_file(recipe, _toml(tables).encode())
+        out = job.folder / "model.pt"
+        found = train(recipe, out, on_step=lambda step: job.tell(_epoch(step)))
+        return {
+            "holdout_accuracies": found.accuracies,
+            "best_epoch": found.best_epoch,
+            "epochs": found.epochs,
+            **_weights_of(out),
+        }
+
+    return Step(
+        name=name,
+        needs=("data", source),
+        task={"augmentation": dict(augmentation), "training": dict(training)},
+        gmacs=net.gmacs * pictures * training["epochs"],
+        extra_s=5.0,
+        run=run,
+    )
+
+
+def prune_step(
+    name: str,
+    source: str,
+    net: Net,
+    *,
+    pictures: int,
+    epochs: float,
+    extra_s: float,
+    recipe: Mapping[str, Any],
+) -> Step:
+    """
+    Prune the network of the step *source*, fine-tuning as the *recipe* (its tables) says.
+
+    *epochs* of the whole network it comes to, and *extra_s* besides, for the estimate alone.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.files import Table
+        from edgeexit.host.prune.engine import Progress, prune
+        from edgeexit.host.prune.recipe import prune_recipe
+
+        def told(progress: Progress) -> None:
+            row = progress.row
+            if row is None:
+                job.tell()
+            else:
+                job.tell(f"{row['stage']} step {row['step']}: {_shares(row['accuracies'])}")
+
+        out = job.folder / "model.pt"
+        tables = {"format": 1, **recipe}
+        found = prune(
+            job.of(source) / "model.pt",
+            prune_recipe(Table(tables, name)),
+            out,
+            on_step=told,
+        )
+        return {
+            "holdout_accuracies": found.accuracies[1],
+            "history": list(found.history),
+            "macs": list(found.macs),
+            "parameters": list(found.parameters),
+            **_weights_of(out),
+        }
+
+    return Step(
+        name=name,
+        needs=("data", source),
+        task={"recipe": dict(recipe)},
+        gmacs=net.gmacs * pictures * epochs,
+        extra_s=extra_s,
+        run=run,
+    )
+
+
+def _epoch(step: Any) -> str:
+    """What to show at an epoch's end, nothing in between."""
+    if step.accuracies is None:
+        return ""
+    return f"epoch {step.epoch}/{step.epochs}: {_shares(step.accuracies)}"
+
+
+def _shares(accuracies: Mapping[str, float]) -> str:
+    return " / ".join(f"{share:.1%}" for share in accuracies.values())
+
+
+def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """A recipe's text: numbers, texts, booleans and lists of numbers only."""
+    lines = ["format = 1"]
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _weights_of(path: Path) -> dict[str, Any]:
+    from edgeexit.host.checkpoint import load_checkpoint
+
+    return _weights(load_checkpoint(path).model)
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """The digest of a network's numbers, which unlike a file's says nothing of where it lies."""
+    parts = [
+        name.encode() + tensor.contiguous().numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+    ]
+    return {"weights": digest_of(b"".join(parts))}
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answers_step(name: str, source: str, net: Net, *, pictures: int) -> Step:
+    """
+    What the float network of the step *source* answers to the test pictures, and what it costs.
+
+    MACs are counted with the weights that are not zero; "dense" ones with all.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.host.checkpoint import load_checkpoint
+
+        test = _samples(job.of("data") / "test.npz")
+        checkpoint = load_checkpoint(job.of(source) / "model.pt")
+        logits = _float_logits(checkpoint.model, test, job)
+        costs, dense, layers = _macs(checkpoint.model)
+        total = sum(row["weights"] for row in layers.values())
+        return {
+            "accuracy": _save(job.folder, logits, test),
+            "backbone_macs": costs.backbone.tolist(),
+            "head_macs": costs.head.tolist(),
+            "dense_macs": dense,
+            "zeros": sum(row["zeros"] for row in layers.values()) / total,
+            "parameters": sum(p.numel() for p in checkpoint.model.parameters()),
+            "layers": layers,
+        }
+
+    gmacs = net.gmacs * pictures * FORWARD
+    return Step(name=name, needs=("data", source), gmacs=gmacs, run=run)
+
+
+def _float_logits(model: Any, test: Samples, job: Job) -> NDArray[np.float32]:
+    """Logits of every exit, float32 (N, E, C)."""
+    import torch
+
+    from edgeexit.host.feed import to_input
+    from edgeexit.host.model import exit_outputs
+    from edgeexit.preprocess import real_values
+
+    rows = []
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(test), BATCH):
+            real = real_values(test.samples[start : start + BATCH], NORMAL)
+            outputs = exit_outputs(model, to_input(real, NORMAL))
+            rows.append(torch.stack(list(outputs.values()), dim=1).numpy())
+            job.tell()
+    return np.concatenate(rows)
+
+
+def _macs(model: Any) -> tuple[Costs, dict[str, int], dict[str, dict[str, int]]]:
+    """
+    Costs in MACs whose weights are not zero; dense MACs to reach each exit; layers' zeros.
+    """
+    from edgeexit.host.graph import analyse
+
+    graph = analyse(model, INPUT_SHAPE)
+    names = graph.exits
+    backbone, head = np.zeros(len(names)), np.zeros(len(names))
+    layers = {}
+    for name, macs in graph.layer_macs().items():
+        weight = model.get_parameter(f"{name}.weight").detach()
+        zeros = int((weight == 0).sum())
+        layers[name] = {"weights": weight.numel(), "zeros": zeros}
+        used = macs * (1 - zeros / weight.numel())
+        first = names.index(graph.layers[name].exits[0])
+        owner = next((k for k, exit in enumerate(names) if name in graph.heads[exit]), None)
+        if owner is None:
+            backbone[first] += used
+        else:
+            head[owner] += used
+    costs = Costs(backbone, head, np.zeros(len(names)))
+    return costs, graph.exit_macs(), layers
+
+
+def _save(folder: Path, logits: NDArray[Any], test: Samples) -> list[float]:
+    """Keep what answers_of reads; the class-mean accuracy of each exit."""
+    exact = logits.astype(np.float64)
+    exact -= exact.max(axis=2, keepdims=True)
+    sure = 1 / np.exp(exact).sum(axis=2)
+    predicted = logits.argmax(axis=2)
+    arrays = {
+        "confidence": sure.astype(np.float32),
+        "predicted": predicted,
+        "label": test.labels,
+        "ids": test.ids,
+    }
+    write_file(folder / "answers.npz", npz_bytes(arrays))
+    right = predicted == test.labels[:, None]
+    return [class_mean(right[:, k], test.labels) for k in range(right.shape[1])]
+
+
+def answers_of(folder: Path) -> Record:
+    """What a step of answers kept, as max_prob sees it."""
+    arrays = read_npz(folder / "answers.npz")
+    columns = [arrays.get(key) for key in ("confidence", "predicted", "label", "ids")]
+    return Record(*columns)
+
+
+# ---------------------------------------------------------------- int8
+
+
+def int8_step(name: str, source: str, *, pictures: int, time_cap_s: float) -> Step:
+    """
+    Convert the network of the step *source*, and time every exit with the instrument.
+
+    Accuracies are those of the int8 network on the test pictures.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.collect import Limits
+        from edgeexit.evaluate import record
+        from edgeexit.host.convert import convert
+        from edgeexit.instrument import measure
+
+        test = _samples(job.of("data") / "test.npz")
+        target = job.folder / "model.edgeexit"
+        ranges = job.of("data") / "ranges.npz"
+        bundle = convert(job.of(source) / "model.pt", target, ranges)
+        job.tell("converted")
+        found = record(bundle, [test], on_step=lambda _: job.tell())
+        right = found.correct()
+        notebook = job.folder / "notebook.jsonl"
+        profile = measure(
+            bundle,
+            "host",
+            limits=Limits(processes=10, precision=0.005, time_cap_s=time_cap_s, block_ms=4.0),
+            sets=[bundle.exits, bundle.exits[-1:]],
+            notebook=notebook,
+            resume=notebook.exists(),
+            on_step=lambda _: job.tell(),
+            save=lambda profile: profile.save(job.folder / "profile.json"),
+        )
+        cases = [profile.case(bundle.exits, exit) for exit in bundle.exits]
+        latencies = [profile.latency(case) for case in cases if case is not None]
+        if len(latencies) != len(cases):
+            raise UsageError(f"{name}: an exit was not measured")
+        return {
+            "accuracy": [class_mean(right[:, k], test.labels) for k in range(right.shape[1])],
+            "bytes": (target / "model.tflite").stat().st_size,
+            "measured": {
+                "ms": [one.value / 1e6 for one in latencies],
+                "ms_low": [one.low / 1e6 for one in latencies],
+                "ms_high": [one.high / 1e6 for one in latencies],
+                "verdict": str(profile.verdict),
+                "runtime": profile.runtime,
+            },
+        }
+
+    return Step(
+        name=name,
+        needs=("data", source),
+        task={"time_cap_s": time_cap_s},
+        extra_s=60.0 + time_cap_s + 0.003 * pictures,
+        run=run,
+    )
+
+
+def as_curve_costs(result: Mapping[str, Any]) -> NDArray[np.float64]:
+    """What leaving at each exit costs in MACs, float64 (E,), all heads on the way included."""
+    backbone, head = np.array(result["backbone_macs"]), np.array(result["head_macs"])
+    costs = Costs(backbone, head, np.zeros(len(head)))
+    return costs.at(np.ones(len(head), bool))
