@@ -23,7 +23,7 @@ from functools import lru_cache
 import numpy as np
 
 from edgeexit import bounds
-from edgeexit.decision import Bools, Floats, Tally
+from edgeexit.decision import Bools, Costs, Family, Floats, Tally
 
 EXACT, SIGNED = "exact", "signed"
 
@@ -83,6 +83,21 @@ def last_certified(p_values: Floats, delta: float) -> int:
     """Index of the last policy before the first whose p-value is above *delta*; -1 if none."""
     passed = np.asarray(p_values) <= delta
     return (len(passed) if passed.all() else int(passed.argmin())) - 1
+
+
+def promised_cost(
+    family: Family, tally: Tally, costs: Costs, *, level: float, delta: float, samples: int
+) -> float:
+    """The least mean cost certified if *samples* certificate samples were just like *tally*'s."""
+    share = samples / tally.samples
+    alike = Tally(
+        harmful=np.ceil(tally.harmful * share).astype(np.int64),
+        helpful=np.floor(tally.helpful * share).astype(np.int64),
+        rates=tally.rates,
+        samples=samples,
+    )
+    last = max(0, last_certified(p_values(alike, level, delta, tally), delta))
+    return float(family.mean_costs(tally, costs)[: last + 1].min())
 
 
 def _gains_by_sign(samples: int, prior: Tally) -> Bools:

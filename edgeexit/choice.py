@@ -183,25 +183,17 @@ def learn(
             if target.max_accuracy_drop is None:
                 price = _least_drop(family, view, share, caps)
             else:
-                price = _promised(family, view, costs, goal)
+                price = certify.promised_cost(
+                    *(family, family.tally(view), costs),
+                    level=level,
+                    delta=share,
+                    samples=samples,
+                )
             if best is None or _is_less(price, best[0]):
                 best = (price, name, family)
     if best is None:
         raise UsageError("measures: none given, expected at least one")
     return best[1:]
-
-
-def choose_measure(
-    views: Mapping[str, Record],
-    costs: Costs,
-    target: Target,
-    delta: float,
-    samples: int,
-    *,
-    method: Method,
-) -> str:
-    """The confidence measure that learn takes."""
-    return learn(views, costs, target, delta, samples, method=method)[0]
 
 
 def _is_less(a: float, b: float) -> bool:
@@ -211,21 +203,6 @@ def _is_less(a: float, b: float) -> bool:
 def _least_drop(family: Family, view: Record, share: float, caps: Sequence[Cap]) -> float:
     seen = family.tally(view)
     return float(seen.drop[_first_kept(caps, family, seen, share) :].min(initial=math.inf))
-
-
-def _promised(family: Family, view: Record, costs: Costs, goal: Goal) -> float:
-    """The mean cost to be certified if the certificate samples were like those of *view*."""
-    seen = family.tally(view)
-    scale = goal.samples / seen.samples
-    played = replace(
-        seen,
-        harmful=np.ceil(seen.harmful * scale).astype(np.int64),
-        helpful=np.floor(seen.helpful * scale).astype(np.int64),
-        samples=goal.samples,
-    )
-    p_values = certify.p_values(played, goal.level, goal.delta, seen)
-    last = max(0, certify.last_certified(p_values, goal.delta))
-    return float(family.mean_costs(seen, costs)[: last + 1].min())
 
 
 # ---------------------------------------------------------------- on the certificate

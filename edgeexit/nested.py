@@ -59,19 +59,6 @@ class _Goal(NamedTuple):
     samples: int
     delta: float
 
-    def promised(self, family: Family, tally: Tally, costs: Costs) -> float:
-        """The mean cost to be certified if the certificate samples were exactly like *tally*'s."""
-        share = self.samples / tally.samples
-        alike = Tally(
-            harmful=np.ceil(tally.harmful * share).astype(np.int64),
-            helpful=np.floor(tally.helpful * share).astype(np.int64),
-            rates=tally.rates,
-            samples=self.samples,
-        )
-        passed = certify.p_values(alike, self.level, self.delta, tally)
-        last = max(0, certify.last_certified(passed, self.delta))
-        return float(family.mean_costs(tally, costs)[: last + 1].min())
-
 
 class _Part:
     """Samples that paths are learned on, each path once."""
@@ -215,7 +202,7 @@ class _Lesson:
         key = (id(family), id(judge))  # both live as long as this lesson
         if key not in self._tallies:
             self._tallies[key] = family.tally(judge.record)
-        return goal.promised(family, self._tallies[key], self.costs)
+        return certify.promised_cost(family, self._tallies[key], self.costs, **goal._asdict())
 
 
 # Records and costs do not change, and one split is asked about for many goals.

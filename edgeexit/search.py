@@ -178,7 +178,7 @@ class Problem:
         sums[~self.is_end[k]] = -np.inf
         top = int(sums.argmax())
         # Sums differ from the truth in the last bits, and a tie is not worth an exit.
-        slack = 1e-9 * max(1.0, abs(float(sums[top])))
+        slack = 1e-9 * max(self.costs.full, abs(float(sums[top])))
         if sums[top] <= self.extra[k] * count + slack:
             return math.inf
         return float(self.confidence[k][order[top]])

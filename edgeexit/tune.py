@@ -20,7 +20,6 @@ from edgeexit.choice import (
     Pricing,
     check_feasible,
     choose,
-    choose_measure,
     decide,
     learn,
     mean_costs,
@@ -61,7 +60,6 @@ __all__ = [
     "Target",
     "check_feasible",
     "choose",
-    "choose_measure",
     "tune",
 ]
 

@@ -15,6 +15,7 @@ import numpy as np
 from populations import SYNTHETIC_COSTS, synthetic
 
 from edgeexit import tune
+from edgeexit.choice import learn
 from edgeexit.decision import Costs, Family, Policy, Record
 from edgeexit.evaluate import Record as RecordFile
 from edgeexit.families import METHODS, Goal, Method
@@ -104,7 +105,7 @@ def ours(name: str, *, is_measure_searched: bool = True) -> Way:
         if is_measure_searched:
             target = Target(max_accuracy_drop=level, confidence=1.0 - delta)
             tune.check_feasible(samples, target, delta)
-            measure = tune.choose_measure(tuning, costs, target, delta, samples, method=method)
+            measure, _ = learn(tuning, costs, target, delta, samples, method=method)
         policy = tune.choose(
             tuning[measure],
             certificate[measure],
