@@ -172,8 +172,8 @@ def _seed_steps(setting: Setting, seed: int) -> list[Step]:
 
     count, half, third = setting.steps, setting.half, kinds.FORWARD
     share = 0.9**count
-    zeros = {"target": {"weights": share}, "steps": count}
-    narrow = {"target": {"macs": 0.5}, "steps": setting.filter_steps, "round_to": 8}
+    zeros: dict[str, Any] = {"target": {"weights": share}, "steps": count}
+    narrow: dict[str, Any] = {"target": {"macs": 0.5}, "steps": setting.filter_steps, "round_to": 8}
     backbone = setting.filter_steps * setting.filter_epochs
     heads = setting.filter_epochs + setting.filter_final
     steps = [

@@ -104,7 +104,7 @@ def start_step(net: Net, *, seed: int) -> Step:
         from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint
         from edgeexit.host.zoo import resnet
 
-        kwargs = {"depth": net.depth, "exits": [], "shortcut": net.shortcut}
+        kwargs: dict[str, Any] = {"depth": net.depth, "exits": [], "shortcut": net.shortcut}
         torch.manual_seed(seed)
         plain = job.folder / "plain.pt"
         save_checkpoint(
@@ -427,4 +427,4 @@ def as_curve_costs(result: Mapping[str, Any]) -> NDArray[np.float64]:
     """What leaving at each exit costs in MACs, float64 (E,), all heads on the way included."""
     backbone, head = np.array(result["backbone_macs"]), np.array(result["head_macs"])
     costs = Costs(backbone, head, np.zeros(len(head)))
-    return costs.at(np.ones(len(head), bool))
+    return np.asarray(costs.at(np.ones(len(head), bool)))

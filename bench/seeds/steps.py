@@ -139,7 +139,7 @@ def _finished(
     path = work / step.name / "step.json"
     if not path.exists() or not all(name in done for name in step.needs):
         return None
-    document = read_json(path).values
+    document = dict(read_json(path).values)
     plan = _plan(step, done)
     if {key: document.get(key) for key in plan} != plan or "result" not in document:
         differs = [key for key, value in plan.items() if document.get(key) != value]
