@@ -1,13 +1,14 @@
 """
 CIFAR-10 as `shared/data` holds it: pictures out of lossless mosaics, every digest checked.
 
-Callers see Cifar, and what a network for these pictures is told (CLASSES, NORMAL). Pictures that
-were JPEG copies are left out. The digests stand in MANIFEST.tsv beside the data, and LISTED pins
-that list: whoever measures, measures on the same pictures.
+Callers see Cifar, what a network for these pictures is told (CLASSES, NORMAL), and pretrained
+networks. Pictures that were JPEG copies are left out. The digests stand in MANIFEST.tsv beside the
+data, and LISTED pins that list: whoever measures, measures on the same pictures.
 """
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from common import CHECKOUT
@@ -18,6 +19,9 @@ from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import digest_of, parse_npz, read_bytes
 from edgeexit.preprocess import Preprocess
 from edgeexit.samples import Samples
+
+if TYPE_CHECKING:
+    from torch import nn
 
 DATA = CHECKOUT.parent / "shared" / "data"
 LISTED = "ba42468f98ac0dcaefdbeffa69fafe6f35228ba3a0e2f141b786e310e6d12d81"
@@ -32,6 +36,13 @@ NORMAL = Preprocess(
     std=(0.229, 0.224, 0.225),
     layout="nchw",
 )
+# Their digests begin as their names end.
+RESNETS = {
+    20: "resnet20-12fca82f.th",
+    32: "resnet32-d509ac18.th",
+    44: "resnet44-014dd654.th",
+    56: "resnet56-4bfd9763.th",
+}
 _MOST_BYTES = 64 << 20
 
 
@@ -85,6 +96,33 @@ class Cifar:
             ids=np.array([f"{split}-{number:05d}" for number in chosen]),
             name=f"cifar10:{split}",
         )
+
+    def pretrained(self, depth: int) -> "tuple[nn.Module, dict[str, Any]]":
+        """
+        The pretrained ResNet of *depth* 20, 32, 44 or 56, in eval mode, and its zoo arguments.
+
+        UsageError if the file is absent, BadFile if its digest is not the one in its name.
+        """
+        import torch
+
+        from edgeexit.host.zoo import resnet
+
+        name = RESNETS[depth]
+        path = self.data / "cifar_resnets" / name
+        data = read_bytes(path, limit_bytes=_MOST_BYTES)
+        if not digest_of(data).startswith(path.stem.partition("-")[2]):
+            raise BadFile(f"{path}: digest {digest_of(data)[:8]}, expected the one in its name")
+        given = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)["state_dict"]
+        kwargs: dict[str, Any] = {"depth": depth, "exits": [], "shortcut": "A"}
+        model = resnet(**kwargs)
+        own = model.state_dict()
+        # Its tensors stand in the file in the order of ours.
+        names = [name for name in own if not name.endswith("num_batches_tracked")]
+        for name, tensor in zip(names, given.values(), strict=True):
+            assert own[name].shape == tensor.shape, name
+            own[name] = tensor
+        model.load_state_dict(own)
+        return model.eval(), kwargs
 
     def _checked(self, name: str) -> bytes:
         path = self.data / name

@@ -14,9 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from cifar import CLASSES, DATA, NORMAL, SIDE, Cifar
-from torch import nn
+from cifar import CLASSES, NORMAL, SIDE, Cifar
 
 from edgeexit.bundle import Bundle
 from edgeexit.evaluate import record
@@ -24,24 +22,8 @@ from edgeexit.host.attach import attach_exits
 from edgeexit.host.checkpoint import save_checkpoint
 from edgeexit.host.convert import convert
 from edgeexit.host.train import Choices, train
-from edgeexit.host.zoo import resnet
 
 RANGES, TRAINING = 1_000, 5_000  # training pictures, those of the ranges behind the others
-PLAIN = {"depth": 20, "exits": [], "shortcut": "A"}
-
-
-def plain_network() -> nn.Module:
-    """The pretrained network; its tensors stand in the file in the order of ours."""
-    path = DATA / "cifar_resnets" / "resnet20-12fca82f.th"
-    given = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-    model = resnet(**PLAIN)
-    own = model.state_dict()
-    names = [name for name in own if not name.endswith("num_batches_tracked")]
-    for name, tensor in zip(names, given.values(), strict=True):
-        assert own[name].shape == tensor.shape, name
-        own[name] = tensor
-    model.load_state_dict(own)
-    return model.eval()
 
 
 def bundle_in(folder: Path) -> Bundle:
@@ -51,11 +33,12 @@ def bundle_in(folder: Path) -> Bundle:
     behind = cifar.pictures("train", RANGES, behind=TRAINING)
     np.savez(folder / "training.npz", samples=training.samples, labels=training.labels)
     np.savez(folder / "ranges.npz", samples=behind.samples, labels=behind.labels)
+    plain, kwargs = cifar.pretrained(20)
     save_checkpoint(
         folder / "plain.pt",
-        model=plain_network(),
+        model=plain,
         arch="edgeexit.host.zoo:resnet",
-        kwargs=PLAIN,
+        kwargs=kwargs,
         input_shape=(1, 3, SIDE, SIDE),
         class_names=CLASSES,
         preprocess=NORMAL,

@@ -23,6 +23,7 @@ import numpy as np
 from cifar import DATA, LISTED, Cifar
 from seeds import kinds
 from seeds.curves import Curve, band, common_costs, crossings, saving, sweep
+from seeds.page import grid, spread
 from seeds.steps import Step, Table, command, main
 
 NAME = "seeds-gormez"
@@ -88,7 +89,7 @@ SMALL = Setting(
     filter_steps=4,
     filter_epochs=2,
     filter_final=4,
-    criterion_steps=4,
+    criterion_steps=3,
     criterion_epochs=1,
     seeds=3,
     time_cap_s=30.0,
@@ -337,19 +338,19 @@ def page(found: Mapping[str, Any]) -> str:
     setting = found["setting"]
     parts = [
         _told(found),
-        _grid(_per_exit(found)),
+        grid(_per_exit(found)),
         _order_told(found),
         f"![accuracy against expected MACs](img/{image(setting)})\n",
         _curves_told(found),
         "The structured twins: filters removed to half the MACs, converted to int8, every exit "
         "timed with the heads before it. Means over the seeds (least .. largest).\n",
-        _grid(_twins(found)),
+        grid(_twins(found)),
         "Every criterion against random, from S1's dense network: accuracy on the held-out tenth, "
         "mean over the exits and the seeds, and in brackets points ahead of random (least .. "
         "largest over the seeds). "
         f"{setting['criterion_epochs']} epochs in each step; widths stay multiples of 8.\n",
-        _grid(_criteria(found, "weights")),
-        _grid(_criteria(found, "filters")),
+        grid(_criteria(found, "weights")),
+        grid(_criteria(found, "filters")),
     ]
     return "\n".join(parts)
 
@@ -357,17 +358,6 @@ def page(found: Mapping[str, Any]) -> str:
 def image(setting: Mapping[str, Any]) -> str:
     """The name of the figure of a *setting*."""
     return f"{NAME}-{setting['net']['depth']}.svg"
-
-
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]))
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> str:
-    mean, low, high = (f"{scale * f(values):.{digits}f}" for f in (np.mean, min, max))
-    return f"{mean} ({low} .. {high})"
 
 
 def _told(found: Mapping[str, Any]) -> str:
@@ -401,12 +391,12 @@ def _per_exit(found: Mapping[str, Any]) -> list[list[str]]:
     count = len(found["ordering"])
     rows = [["top-1 %, all leave at exit", *map(str, range(1, count + 1)), "zeros"]]
     for made, title in TITLES.items():
-        cells = [_spread(column) for column in zip(*found["accuracy"][made], strict=True)]
+        cells = [spread(column) for column in zip(*found["accuracy"][made], strict=True)]
         rows.append([title, *cells, f"{np.mean(found['zeros'][made]):.3f}"])
         if count == len(PAPER_ACCURACY[made]):
             paper = [f"{100 * value:.1f}" for value in PAPER_ACCURACY[made]]
             rows.append([f"paper: {title}", *paper, "0.000" if made == "dense" else "0.88"])
-    leads = [_spread(row["lead_of_s1"]) for row in found["ordering"]]
+    leads = [spread(row["lead_of_s1"]) for row in found["ordering"]]
     rows.append(["S1 ahead of S2, points", *leads, ""])
     for made in ("s1", "s2"):
         zeros = [
@@ -466,8 +456,8 @@ def _twins(found: Mapping[str, Any]) -> list[list[str]]:
         nets = found["int8"][made]
         right = zip(*(net["accuracy"] for net in nets), strict=True)
         times = zip(*(net["measured"]["ms"] for net in nets), strict=True)
-        accuracy = [_spread(column) for column in right]
-        ms = [_spread(column, 1, 3) for column in times]
+        accuracy = [spread(column) for column in right]
+        ms = [spread(column, 1, 3) for column in times]
         rows.append([f"{title}: int8 top-1 %", *accuracy])
         rows.append([f"{title}: ms", *ms])
     return rows
@@ -490,11 +480,11 @@ def _criteria(found: Mapping[str, Any], kind: str) -> list[list[str]]:
         cells = []
         for k in range(values.shape[1]):
             ahead = values[:, k] - histories[RANDOM][:, k]
-            lead = "" if name == RANDOM else f" [{_spread(ahead.tolist())}]"
+            lead = "" if name == RANDOM else f" [{spread(ahead.tolist())}]"
             cells.append(f"{100 * values[:, k].mean():.1f}{lead}")
         if kind == "filters":
             left = [history[-1]["macs"] / whole for history in scored[name]]
-            cells.append(_spread(left) + " %")
+            cells.append(spread(left) + " %")
         rows.append([name, *cells])
     return rows
 
