@@ -71,12 +71,13 @@ class Advice:
         if best.saved - now.saved < _WORTH_POINTS:
             return (
                 f"more labels would hardly help: {self.present:,} certify a saving of "
-                f"{now.saved:.1%}, and {self.points[-1].samples:,} would about as much (predicted)"
+                f"{now.saved:.1%} of the full network's cost, and "
+                f"{self.points[-1].samples:,} would about as much (predicted)"
             )
         return (
-            f"with {best.samples - self.present:,} more labels the certified saving would be about "
-            f"{best.saved:.1%} instead of {now.saved:.1%} (predicted; {best.low:.1%} to "
-            f"{best.high:.1%} in {best.draws} draws)"
+            f"with {best.samples - self.present:,} more labels in certificate the certified saving "
+            f"would be about {best.saved:.1%} instead of {now.saved:.1%} (predicted; "
+            f"{best.low:.1%} to {best.high:.1%} in {best.draws} draws; of the full network's cost)"
         )
 
     def to_document(self) -> dict[str, Any]:

@@ -290,7 +290,8 @@ def decide(
                 f"even the full network loses more than {level:g} against the reference, or too "
                 f"few samples show otherwise: {int(tally.harmful[0])} of {len(certificate)} "
                 f"became wrong, {int(tally.helpful[0])} right",
-                hint="allow a larger --max-accuracy-drop, or leave --reference out",
+                hint="allow a larger --max-accuracy-drop, take samples that were asked less often, "
+                "or leave --reference out",
             )
     if first > last:
         raise _no_row(family, tally, share, caps, None if level is None else last)
@@ -322,12 +323,15 @@ def _no_row(
 ) -> OutOfReach:
     """No row keeps all *caps* and (up to the row *last*, unless None) the accuracy."""
     most = len(family) - 1 if last is None else last
-    kept = [] if last is None else [f"the accuracy up to row {last} of {len(family)}"]
+    of = f"of {len(family)} policies"
+    kept = [] if last is None else [f"the accuracy by the {last + 1} strictest {of}"]
+    is_only_unshown = True
     for cap in caps:
         first = cap.first_kept(family, tally, share)
         if first > most:
             least = cap.least(family, tally)
-            rows, why = f"from row {first} on", ""
+            is_only_unshown &= first == len(family) and least <= cap.limit
+            rows, why = f"by the {len(family) - first} loosest {of}", ""
             if first == len(family):
                 rows = "by none"
                 if least <= cap.limit:
@@ -338,7 +342,9 @@ def _no_row(
             )
     return OutOfReach(
         f"no policy is certified to keep all that was asked for: {'; '.join(kept)}",
-        hint="allow a larger budget or accuracy drop, or take a smaller network",
+        hint="label more samples, profile with more --processes, or allow a larger budget"
+        if is_only_unshown
+        else "allow a larger budget or accuracy drop, or take a smaller network",
     )
 
 

@@ -21,6 +21,7 @@ from edgeexit.parts import fit
 from edgeexit.policy import DROPPED, Policy
 from edgeexit.prices import FITTED
 from edgeexit.profile import Estimate, Profile
+from edgeexit.request import promise
 from edgeexit.verdict import NO_EXITS, named, unseen, watched
 from edgeexit.worth import FULL, POLICY, RIVAL, STATIC, Worth
 
@@ -318,30 +319,6 @@ def unsure_line(comparison: Comparison, rows: Sequence[Row], allowed: float) -> 
 # ---------------------------------------------------------------- policies and evaluations
 
 
-def promise(policy: Policy) -> str:
-    """The promise of a policy's certificate, in one sentence."""
-    held, target = policy.certificate, policy.target
-    caps = []
-    if target.get("max_accuracy_drop") is not None:
-        against = str(policy.provenance.get("reference", ""))
-        against = against if against.startswith("the ") else f"the reference {against[:12]}"
-        caps.append(f"the accuracy drop against {against} is at most {held['level']:.2%}")
-    for key, words in (
-        ("latency_budget_ms", "the mean latency is at most {:g} ms"),
-        ("energy_budget_mj", "the mean energy is at most {:g} mJ"),
-        ("p95_ms", "95 % of the inputs take at most {:g} ms"),
-    ):
-        if target.get(key) is not None:
-            caps.append(words.format(target[key]))
-    spent = held.get("ledger") or {}
-    use = f", use {spent['use']} of these samples" if spent else ""
-    return (
-        f"Certified with {target['confidence']:.0%} confidence on {held['samples']} samples"
-        f"{use}: {', '.join(caps)} (on samples drawn like these; "
-        f"{_count(held['certified'] + 1, 'policy', 'policies')} at once)."
-    )
-
-
 def policy_table(policy: Policy, worth: Worth) -> str:
     """The exits with thresholds, rates and ms; expectations beside the rivals; the promise."""
     expected, held = policy.expected, policy.certificate
@@ -412,6 +389,11 @@ def _policy_notes(policy: Policy) -> list[str]:
         lines.append(
             f"These exits were not timed together: their ms are fitted from {costs['paths']} other "
             f"paths (which the fit meets within {costs['worst_residual']:.1%})."
+        )
+    if policy.class_offsets is not None:
+        lines.append(
+            "Each class has a threshold of its own: the one above plus its number in class_offsets "
+            "of the policy file."
         )
     verdict = provenance.get("profile_verdict", {})
     if verdict.get("status", CLEAN) != CLEAN:

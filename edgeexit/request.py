@@ -1,9 +1,10 @@
 """
 What tune is asked for, and whether its files can answer that.
 
-Callers see Request, which tune, its ledger and verify share, and checks of the files: check_inputs
-and check_verdict. Hidden here: where in a policy file the request is written down, and what is
-refused whatever the samples say, so that no use of them is counted for it.
+Callers see Request, which tune, its ledger and verify share, promise, which says what of it was
+certified, and checks of the files: check_inputs and check_verdict. Hidden here: where in a policy
+file the request is written down, and what is refused whatever the samples say, so that no use of
+them is counted for it.
 """
 
 import math
@@ -20,11 +21,11 @@ from edgeexit.bundle import Bundle
 from edgeexit.choice import FIXED
 from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.evaluate import Record
-from edgeexit.families import METHODS, Method
+from edgeexit.families import METHODS, ON_AVERAGE, Method
 from edgeexit.files import Table
 from edgeexit.names import choose
 from edgeexit.overlap import SIGNIFICANCE, Bloom, overlap_count
-from edgeexit.policy import MEASURES, Confidence
+from edgeexit.policy import MEASURES, Confidence, Policy
 from edgeexit.prices import Prices
 from edgeexit.profile import Profile
 from edgeexit.targets import ENERGY, Target
@@ -182,6 +183,44 @@ class Request:
                 )
         if reference is not None:
             reference_correct(record, reference)
+
+
+def promise(policy: Policy) -> str:
+    """What the certificate of *policy* promises of all that was asked for, in a line of text."""
+    held, target = policy.certificate, policy.target
+    against = str(policy.provenance.get("reference", ""))
+    against = against if against.startswith("the ") else f"the reference {against[:12]}"
+    spent = held.get("ledger") or {}
+    samples = f"{held['samples']} samples"
+    if spent:
+        samples += f", use {spent['use']} of these samples"
+    caps, averaged = [], ""
+    if held.get("promise") == ON_AVERAGE:
+        averaged = (
+            f"Kept on average over draws of {samples}, with no confidence attached: at most "
+            f"{_percent(held['level'], 2)} of the answers become wrong against {against}."
+        )
+    elif held["level"] is not None:
+        caps.append(f"the accuracy drop against {against} is at most {_percent(held['level'], 2)}")
+    for key, words in (
+        ("latency_budget_ms", "the mean latency is at most {:g} ms"),
+        ("energy_budget_mj", "the mean energy is at most {:g} mJ"),
+        ("p95_ms", "95 % of the inputs take at most {:g} ms"),
+    ):
+        if target.get(key) is not None:
+            caps.append(words.format(target[key]))
+    policies = "1 policy" if held["certified"] == 0 else f"{held['certified'] + 1} policies"
+    certified = (
+        f"Certified with {_percent(target['confidence'], 0)} confidence on {samples}: "
+        f"{', '.join(caps)} (on samples drawn like these; {policies} at once)."
+    )
+    return " ".join([certified] * bool(caps) + [averaged] * bool(averaged))
+
+
+def _percent(share: float, places: int) -> str:
+    """*share* with so many decimal places, with more if they would not tell it."""
+    text, exact = f"{share:.{places}%}", f"{100.0 * share:.6g}"
+    return text if float(text[:-1]) == float(exact) else f"{exact}%"
 
 
 def check_choice(exits: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ from edgeexit.evaluate import Record
 from edgeexit.files import Table, file_digest, json_bytes, parse_json, read_bytes
 from edgeexit.policy import Policy
 from edgeexit.profile import Profile
-from edgeexit.request import CERTIFICATE, Request, check_inputs
+from edgeexit.request import CERTIFICATE, Request, check_inputs, promise
 
 _SHOWN = 60
 
@@ -59,13 +59,7 @@ class Outcome:
     @property
     def sentence(self) -> str:
         """What a policy without differences promises."""
-        certificate, target = self.policy.certificate, self.policy.target
-        if certificate["level"] is None:
-            asked = "the budgets are kept"
-        else:
-            asked = f"the accuracy drops by at most {certificate['level']:.4g}"
-        of = f"{target['confidence']:.4g} confidence, {certificate['samples']} samples"
-        return f"{asked} ({of}, use {certificate['ledger']['use']} of them): recomputed, all equal"
+        return f"recomputed, all equal. {promise(self.policy)}"
 
 
 def verify(

@@ -384,7 +384,7 @@ def test_too_few_calls_for_a_p95_are_told(folder: Path, capsys) -> None:
 def test_each_budget_out_of_reach_is_named(folder: Path, capsys) -> None:
     assert run("--latency-budget 0.07ms --p95 0.06ms --max-accuracy-drop 0.1") == 7
     said = capsys.readouterr().err
-    assert "the accuracy up to row " in said
+    assert "the accuracy by the " in said
     assert "a mean latency of 0.07 ms by none (the least of all is 0.1" in said
     assert "a p95 of 0.06 ms by none" in said
 

@@ -174,6 +174,25 @@ def test_a_policy_shows_its_promise_and_its_verdict() -> None:
     assert "does not pay here" in " ".join(report.policy_table(dear.policy, dear.worth).split())
 
 
+def test_an_average_is_not_called_certified_and_no_figure_is_rounded_to_another() -> None:
+    averaged = tune(made_record(), made_profile(), Request(target=ASKED.target, method="crc"))
+    text = " ".join(report.policy_table(averaged.policy, averaged.worth).split())
+    assert "Kept on average over draws of 2000 samples, with no confidence attached" in text
+    assert "Certified" not in text
+    target = Target(max_accuracy_drop=0.0125, latency_budget_ms=8.0, confidence=0.999)
+    both = tune(made_record(), made_profile(), Request(target=target, method="crc"))
+    text = " ".join(report.policy_table(both.policy, both.worth).split())
+    assert (
+        "Certified with 99.9% confidence on 2000 samples: the mean latency is at most 8 ms" in text
+    )
+    assert "at most 1.25% of the answers become wrong against the full int8 network" in text
+
+
+def test_thresholds_of_classes_are_not_shown_as_one_for_all() -> None:
+    found = tune(made_record(), made_profile(), Request(target=ASKED.target, method="class"))
+    assert "class_offsets" in report.policy_table(found.policy, found.worth)
+
+
 def test_a_static_network_to_ship_is_said_to_have_no_certificate() -> None:
     """One early exit alone was only measured; the full network loses nothing against itself."""
     asked = Request(target=Target(max_accuracy_drop=0.3))

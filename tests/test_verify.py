@@ -88,7 +88,8 @@ def test_what_tune_made_holds_and_nothing_is_written(world: World) -> None:
     outcome = world.verify()
 
     assert outcome.differences == ()
-    assert "at most 0.02 (0.9 confidence, 1500 samples, use 2 of them)" in outcome.sentence
+    assert "Certified with 90% confidence on 1500 samples, use 2 of these" in outcome.sentence
+    assert "is at most 2.00% (" in outcome.sentence
     assert {p: p.read_bytes() for p in world.folder.rglob("*") if p.is_file()} == before
 
 
