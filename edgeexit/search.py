@@ -236,8 +236,8 @@ class Problem:
                 tried.append(cuts)
         alone = np.eye(self.early, dtype=np.bool_)
         tried += [self.restricted(a & self.may_keep)._tighten(none, allowed) for a in alone]
-        shared = [cuts for cuts in self.starts() if self._harm(cuts) <= allowed]
-        for cuts in [*tried, *shared[-1:]]:
+        shared = sorted(self.starts(), key=lambda cuts: self._cost_within(cuts, allowed))
+        for cuts in [*tried, *shared[:1]]:
             for start in (cuts, best):
                 tight = self._tighten(start, allowed)
                 value = self._cost_within(tight, allowed)
@@ -270,13 +270,15 @@ class Problem:
                 later = self.leaves(without)[samples]
                 per_exit = self._per_exit(without)
                 made = self.harm[k][samples].astype(np.int64) - self.harm[later, samples]
-                total = self._harm(without) + np.cumsum(made)
+                dropped = self._harm(without)
+                total = dropped + np.cumsum(made)
                 gain = np.cumsum(per_exit[later] - per_exit[k])
                 values = self.confidence[k][samples]
                 is_end = np.append(values[1:] != values[:-1], True)
                 gain = np.where(is_end & (total <= allowed), gain, -np.inf)
                 top = int(gain.argmax())
-                pays = gain[top] > self.extra[k] * len(samples)
+                # Without the exit there may be more harmful flips, not only dearer samples.
+                pays = gain[top] > self.extra[k] * len(samples) or dropped > allowed
                 cuts[k] = float(values[top]) if pays else np.inf
         return cuts
 
