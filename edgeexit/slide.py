@@ -102,7 +102,8 @@ def parse_slide(text: str) -> Gauge | Budget:
         return replace(gauge, strict=high, loose=low)
     raise UsageError(
         f"--slide: {text[:40]!r}, expected battery, temperature or latency",
-        hint="battery=20..80 (percent), temperature=60..80 (degrees Celsius), latency=8ms",
+        hint="battery=20..80 (percent, the lower end first), temperature=60..80 (degrees Celsius), "
+        "latency=8ms",
     )
 
 

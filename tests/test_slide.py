@@ -262,8 +262,10 @@ def test_run_tells_the_position(
     command = ["run", "0.png", "1.png", "--json", "--device", "host"]
 
     assert entry([*command, "--slide", "battery"]) == 0
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr()
+    answers = [json.loads(line) for line in shown.out.splitlines()]
     assert [answer["position"] for answer in answers] == [CERTIFIED] * 2
+    assert f"slide: positions {CERTIFIED}..{CERTIFIED} of " in shown.err
     assert entry([*command, "--slide", "wind"]) == 2
     put(machine, {BATTERY: None})
     assert entry([*command, "--slide", "battery"]) == 5

@@ -15,7 +15,7 @@ from small import made_profile, made_record, record_of, small_bundle
 
 from edgeexit import ledger, tune
 from edgeexit.cli import entry
-from edgeexit.errors import BadFile, EdgeExitError
+from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.evaluate import Record
 from edgeexit.files import json_bytes
 from edgeexit.policy import Policy
@@ -376,6 +376,16 @@ def test_the_command_prints_what_holds(world: World, capsys: pytest.CaptureFixtu
     document = json.loads(capsys.readouterr().out)
     assert document["holds"] is True
     assert document["differences"] == []
+
+
+@pytest.mark.parametrize("option", ["--record", "--profile"])
+def test_a_file_that_is_not_there_is_asked_for_by_its_option(
+    world: World, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert entry(command(world, option, str(world.folder / "away"))) == UsageError.exit_code
+    said = capsys.readouterr().err
+    assert f"name it with {option}" in said
+    assert "verify PARENT --policy CHILD/policies" in said
 
 
 def test_the_command_lists_differences_and_exits_3(

@@ -196,6 +196,7 @@ def _classify(
         signal.SIGUSR1, lambda *_: os.write(2, f"{summary.text()}\n".encode()) and None
     )
     code = 0
+    positions: set[int] = set()
     try:
         for name, sample in read_inputs(names, bundle.preprocess, bundle.input.shape[1:], stdin):
             try:
@@ -214,6 +215,7 @@ def _classify(
             answer = options.answer(name, prediction)
             if slider is not None:
                 answer["position"] = slider.position
+                positions.add(slider.position)
                 slider.note(prediction.latency_ns)
             if journal is not None:
                 journal.write(answer)
@@ -232,6 +234,13 @@ def _classify(
             journal.close()
     if summary.count + summary.failed != 1:
         click.echo(summary.text(), err=True)
+    if slider is not None and positions:
+        ends = slider.track.positions
+        click.echo(
+            f"slide: positions {min(positions)}..{max(positions)} of {ends[0]}..{ends[-1]} "
+            "(the highest leaves earliest)",
+            err=True,
+        )
     return code
 
 

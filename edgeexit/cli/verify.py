@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from edgeexit.errors import BadFile, printable
+from edgeexit.errors import BadFile, UsageError, printable
 
 _LISTED = 20
 
@@ -72,11 +72,20 @@ def command(
         here, found = device.this_device(), bundle.policy_devices()
         policy_path = bundle.policy_path(found[0] if len(found) == 1 else here)
     device_name = Policy.load(policy_path).device
+    record_path = record_path or Path(f"{bundle.path.resolve().stem}-record.npz")
+    profile_path = profile_path or Path(f"profile-{device_name}.json")
+    for option, path in (("--record", record_path), ("--profile", profile_path)):
+        if not path.exists():
+            raise UsageError(
+                f"{path}: no such file, expected the one that tune worked on",
+                hint=f"name it with {option}; the policy of a bundle that was cut out belongs to "
+                "its parent: edgeexit verify PARENT --policy CHILD/policies/DEVICE.json",
+            )
     outcome = verify(
         policy_path,
         bundle.path,
-        record_path=record_path or Path(f"{bundle.path.resolve().stem}-record.npz"),
-        profile_path=profile_path or Path(f"profile-{device_name}.json"),
+        record_path=record_path,
+        profile_path=profile_path,
         reference_path=reference_path,
         ledger_path=ledger_path,
     )
