@@ -205,7 +205,10 @@ class Slider:
     ) -> None:
         if runner.policy_origin == "none":
             raise UsageError(
-                f"{runner.bundle.path}: no policy to slide along", hint="edgeexit tune makes one"
+                f"{runner.bundle.path}: no policy to slide along",
+                hint="edgeexit tune makes one"
+                if len(runner.bundle.exits) > 1
+                else "a network of one exit always takes it: leave --slide out",
             )
         self._runner, self._slide, self._clock = runner, slide, clock
         with hinting("make the policy again with: edgeexit tune"):

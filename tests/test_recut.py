@@ -93,6 +93,22 @@ def test_inspect_names_the_parent(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert json.loads(capsys.readouterr().out)["parent"]["digest"] == parent.digest
 
 
+def test_one_exit_alone_is_not_said_to_lack_a_policy(
+    parent: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(recut(parent, ("exit0",), tmp_path / "static.edgeexit").path)
+    np.save(tmp_path / "one.npy", SAMPLES[0])
+
+    assert entry(["inspect", path]) == 0
+    assert "a static network: one exit" in capsys.readouterr().out
+    asked = (["verify", path], ["run", path, str(tmp_path / "one.npy"), "--slide", "latency=8ms"])
+    for words in asked:
+        assert entry(words) == UsageError.exit_code
+        said = capsys.readouterr().err
+        assert "a network of one exit" in said
+        assert "edgeexit tune" not in said
+
+
 def test_equal_cuts_give_equal_bytes_and_keep_policies_made_for_the_child(
     parent: Bundle, tmp_path: Path
 ) -> None:

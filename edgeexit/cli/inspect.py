@@ -108,7 +108,9 @@ def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
             f"policy {device}: {policy.get('measure')}, keeps {policy.get('kept')}, "
             f"thresholds {policy.get('thresholds')}{state}"
         )
-    if not document["policies"]:
+    if len(bundle.exits) == 1:
+        lines.append("a static network: one exit, so there is no policy to choose")
+    elif not document["policies"]:
         lines.append("no policy: every input runs the full network (edgeexit tune makes one)")
     if bundle.provenance:
         lines.append("")

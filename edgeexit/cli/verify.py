@@ -71,6 +71,13 @@ def command(
     if policy_path is None:
         here, found = device.this_device(), bundle.policy_devices()
         policy_path = bundle.policy_path(found[0] if len(found) == 1 else here)
+    if not policy_path.exists():
+        raise UsageError(
+            f"{policy_path}: no policy to verify",
+            hint="edgeexit tune makes one"
+            if len(bundle.exits) > 1
+            else "a network of one exit has none: verify its parent's",
+        )
     device_name = Policy.load(policy_path).device
     record_path = record_path or Path(f"{bundle.path.resolve().stem}-record.npz")
     profile_path = profile_path or Path(f"profile-{device_name}.json")
@@ -102,5 +109,6 @@ def command(
         raise BadFile(
             f"{policy_path}: not what its files give (places that differ: "
             f"{len(outcome.differences)})",
-            hint="give the very files it was made from, or make it anew with: edgeexit tune",
+            hint="give the very files it was made from (--record, --profile, --reference and "
+            "--ledger as tune had them), or make it anew with: edgeexit tune",
         )
