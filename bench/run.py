@@ -207,7 +207,10 @@ def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
 
 
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
-PAPERS = {"seeds-gormez": "Pruning and early exit, by Görmez & Koyuncu's two strategies"}
+PAPERS = {
+    "seeds-gormez": "Pruning and early exit, by Görmez & Koyuncu's two strategies",
+    "seeds-everything": "Blocks or filters, by Pruning Everything, Everywhere, All at Once",
+}
 SETTINGS = {"": "small setting", "-full": "the paper's schedule"}
 
 

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import run
-from seeds import gormez, kinds
+from seeds import everything, gormez, kinds
 
 NET = kinds.Net(depth=8, blocks=(1, 2))
 SETTING = replace(gormez.SMALL, net=NET, seeds=2)
@@ -93,3 +93,67 @@ def test_equal_results_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.Monke
     assert drawn.read_bytes() == first
     assert drawn.name in run.page()
     assert b"S1, all at once" in first
+
+
+# ---------------------------------------------------------------- Pruning Everything
+
+
+def pruned_results(lost: dict[str, float]) -> dict[str, Any]:
+    """Steps' results in which each variant at 75 % loses so much of 0.9."""
+    timed = {"accuracy": [0.5, 0.6, 0.7], "measured": {"ms": [0.1, 0.2, 0.3]}}
+    robust = {kind: [0.5, 0.6, 0.7] for kind in ("clean", "fgsm", "noise", "blur")}
+    results: dict[str, Any] = {"data": {"training": {"pictures": 8000}, "test": {"pictures": 9806}}}
+    for seed in range(SHORT.seeds):
+        results[f"{seed}/dense"] = {"holdout_accuracies": {"exit0": 0.5, "exit1": 0.95}}
+        for variant, goal in everything.made_nets():
+            name = f"{seed}/{variant}-{goal}" if goal else f"{seed}/{variant}"
+            share = {"": 1.0, "75": 0.25, "86": 0.13}[goal]
+            if goal:
+                before = 0.25 if goal == "86" else 1.0
+                shares = [(before + share) / 2, share]
+                history = [
+                    {"macs": part * 1e8, "accuracies": {"a": 0.1, "b": 0.8 + k / 100}, "child": c}
+                    for k, (part, c) in enumerate(zip(shares, ("blocks", "filters"), strict=True))
+                ]
+                results[name] = {"history": history, "macs": [before * 1e8, share * 1e8]}
+            results[f"{name}-answers"] = {
+                "accuracy": [0.5, 0.6, 0.9 - (lost[variant] if goal else 0.0)],
+                "dense_macs": {"exit0": 1e7, "exit1": 2e7, "final": share * 1e8},
+                "parameters": 1000,
+            }
+            results[f"{name}-robust"] = robust
+            results[f"{name}-int8"] = timed
+    return results
+
+
+SHORT = replace(everything.SMALL, seeds=2)
+
+
+@pytest.mark.parametrize(("ours", "said"), [(0.005, "within"), (0.02, "more than")])
+def test_the_choice_is_judged_beside_its_rivals(ours: float, said: str, tmp_path: Path) -> None:
+    lost = {"everything": ours, "blocks": 0.03, "filters": 0.01, "random": 0.04}
+    found = {"setting": asdict(SHORT), **everything.figures(SHORT, pruned_results(lost))}
+    text = everything.page(found)
+    assert f"{100 * ours:.2f} points at three quarters of the MACs: {said} the one point" in text
+    lead = f"{100 * (0.03 - ours):.2f}"
+    assert f"Points ahead there: {lead} ({lead} .. {lead}) of blocks alone" in text
+    assert "| blocks alone, 75 % gone | 75.0 (75.0 .. 75.0) |" in text
+    assert "87.0 (87.0 .. 87.0)" in text
+    path = found["paths"]["everything"][0]
+    assert [share for share, _ in path] == pytest.approx([1.0, 0.625, 0.25, 0.19, 0.13])
+    assert path[0][1] == 0.95
+    pytest.importorskip("matplotlib")
+    everything.draw(found, tmp_path)
+    assert everything.image(found["setting"]) in text
+    assert b"filters alone" in (tmp_path / everything.image(found["setting"])).read_bytes()
+
+
+def test_the_second_goal_counts_from_the_dense_network() -> None:
+    """What the first goal overshot is not taken twice: 86.37 % of the dense MACs go."""
+    plain = kinds.Step(name="0/start", run=lambda job: {})
+    made = {step.name: step for step in everything._seed_steps(SHORT, plain, 0)}
+    for variant in everything.DEEPER:
+        deep = made[f"0/{variant}-86"]
+        assert deep.task["macs_left"] == pytest.approx(0.1363)
+        assert f"0/{variant}-75" in deep.needs
+        assert made[f"0/{variant}-75"].task["macs_left"] is None

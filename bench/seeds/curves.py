@@ -7,7 +7,7 @@ that draws between the two would walk.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -83,6 +83,10 @@ class Band:
     mean: Floats
     low: Floats
     high: Floats
+
+    def scaled(self, factor: float) -> "Band":
+        """The same with all costs times *factor*."""
+        return replace(self, costs=self.costs * factor)
 
 
 def common_costs(curves: Sequence[Curve], points: int = GRID) -> Floats:

@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from cifar import DATA, LISTED, Cifar
 from seeds import kinds
-from seeds.curves import Curve, band, common_costs, crossings, saving, sweep
-from seeds.page import grid, spread
+from seeds.curves import Band, Curve, band, common_costs, crossings, saving, sweep
+from seeds.page import figure, grid, spread
 from seeds.steps import Step, Table, command, main
 
 NAME = "seeds-gormez"
@@ -495,34 +495,19 @@ def _mean_accuracy(row: Mapping[str, Any]) -> float:
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
     """Draw the curves with their bands into *folder*; needs the extra `plot`."""
-    import io
-
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    from edgeexit.files import write_file
-    from edgeexit.plot import BLUE, GREY, RED
-
-    with rc_context({"svg.hashsalt": "edgeexit", "svg.fonttype": "none", "font.size": 9.0}):
-        figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = figure.subplots()
-        looks = {"dense": (GREY, ":"), "s1": (BLUE, "-"), "s2": (RED, "--")}
-        for made, (colour, line) in looks.items():
-            one = {key: np.array(values) for key, values in found["bands"][made].items()}
-            costs = one["costs"] / 1e6
-            axes.fill_between(costs, one["low"], one["high"], color=colour, alpha=0.2, linewidth=0)
-            axes.plot(costs, one["mean"], line, color=colour, label=TITLES[made])
-        for cost, accuracy in found["crossings"]:
-            axes.plot(cost / 1e6, accuracy, "ko", markersize=4)
-        axes.set_xscale("log")
-        axes.set_xlabel("expected million MACs an answer (weights that are not zero)")
-        axes.set_ylabel("accuracy, class mean")
-        axes.set_title(f"{PAPER}: ResNet-{found['setting']['net']['depth']}, CIFAR-10")
-        axes.grid(alpha=0.25)
-        axes.legend(loc="lower right")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    write_file(folder / image(found["setting"]), buffer.getvalue())
+    lines = {}
+    for made in ("s1", "s2", "dense"):
+        one = {key: np.array(values) for key, values in found["bands"][made].items()}
+        lines[TITLES[made]] = Band(**one).scaled(1e-6)
+    figure(
+        folder / image(found["setting"]),
+        lines,
+        title=f"{PAPER}: ResNet-{found['setting']['net']['depth']}, CIFAR-10",
+        cost="expected million MACs an answer (weights that are not zero)",
+        accuracy="accuracy, class mean",
+        marks=[(cost / 1e6, accuracy) for cost, accuracy in found["crossings"]],
+        is_logarithmic=True,
+    )
 
 
 # ---------------------------------------------------------------- the command

@@ -1,13 +1,14 @@
 """
 The kinds of steps that papers' tables are made of, each a short call of edgeexit's own functions.
 
-Callers see data_step, start_step, train_step, prune_step, answers_step and int8_step; the results
-of the last two are read with answers_of. Trainings and prunings keep their own state files, so a
-killed one loses an epoch at most. Nothing here knows a paper.
+Callers see data_step, start_step, pretrained_step, train_step, prune_step, answers_step,
+robustness_step and int8_step, and answers_of, which reads what the answers were. Trainings and
+prunings keep their own state files, so a killed one loses an epoch at most. Nothing here knows a
+paper.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,34 +101,53 @@ def start_step(net: Net, *, seed: int) -> Step:
     def run(job: Job) -> dict[str, Any]:
         import torch
 
-        from edgeexit.host.attach import attach_exits
-        from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint
         from edgeexit.host.zoo import resnet
 
         kwargs: dict[str, Any] = {"depth": net.depth, "exits": [], "shortcut": net.shortcut}
         torch.manual_seed(seed)
-        plain = job.folder / "plain.pt"
-        save_checkpoint(
-            plain,
-            model=resnet(**kwargs),
-            arch="edgeexit.host.zoo:resnet",
-            kwargs=kwargs,
-            input_shape=INPUT_SHAPE,
-            class_names=CLASSES,
-            preprocess=NORMAL,
-        )
-        attach_exits(
-            plain,
-            job.folder / "model.pt",
-            at=[f"blocks.{block - 1}" for block in net.blocks],
-            head=net.head,
-            is_measured=False,
-            again=True,
-        )
-        found = load_checkpoint(job.folder / "model.pt")
-        return {"exits": list(found.exits), **_weights(found.model)}
+        return _with_exits(job, net, resnet(**kwargs), kwargs)
 
     return Step(name=f"{seed}/start", task={"net": asdict(net), "seed": seed}, run=run, extra_s=3.0)
+
+
+def pretrained_step(cifar: Cifar, net: Net, *, seed: int) -> Step:
+    """The pretrained plain network with untrained exits of *net*, whose shortcuts it must have."""
+
+    def run(job: Job) -> dict[str, Any]:
+        model, kwargs = cifar.pretrained(net.depth)
+        if kwargs["shortcut"] != net.shortcut:
+            raise UsageError(f"{job.step.name}: pretrained with option {kwargs['shortcut']}")
+        return _with_exits(job, net, model, kwargs)
+
+    task = {"net": asdict(net), "seed": seed}
+    return Step(name=f"{seed}/start", task=task, run=run, extra_s=3.0)
+
+
+def _with_exits(job: Job, net: Net, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Write the plain *model*, and model.pt with its exits, into the step's folder."""
+    from edgeexit.host.attach import attach_exits
+    from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint
+
+    plain = job.folder / "plain.pt"
+    save_checkpoint(
+        plain,
+        model=model,
+        arch="edgeexit.host.zoo:resnet",
+        kwargs=kwargs,
+        input_shape=INPUT_SHAPE,
+        class_names=CLASSES,
+        preprocess=NORMAL,
+    )
+    attach_exits(
+        plain,
+        job.folder / "model.pt",
+        at=[f"blocks.{block - 1}" for block in net.blocks],
+        head=net.head,
+        is_measured=False,
+        again=True,
+    )
+    found = load_checkpoint(job.folder / "model.pt")
+    return {"exits": list(found.exits), **_weights(found.model)}
 
 
 def train_step(
@@ -184,9 +204,12 @@ def prune_step(
     epochs: float,
     extra_s: float,
     recipe: Mapping[str, Any],
+    macs_left: float | None = None,
 ) -> Step:
     """
     Prune the network of the step *source*, fine-tuning as the *recipe* (its tables) says.
+
+    With *macs_left* the target is that share of the MACs that the pruning of *source* began with.
 
     *epochs* of the whole network it comes to, and *extra_s* besides, for the estimate alone.
     """
@@ -204,7 +227,11 @@ def prune_step(
                 job.tell(f"{row['stage']} step {row['step']}: {_shares(row['accuracies'])}")
 
         out = job.folder / "model.pt"
-        tables = {"format": 1, **recipe}
+        plan = dict(recipe["prune"])
+        if macs_left is not None:
+            first, now = job.result_of(source)["macs"]
+            plan["target"] = {"macs": macs_left * first / now}
+        tables = {"format": 1, **recipe, "prune": plan}
         found = prune(
             job.of(source) / "model.pt",
             prune_recipe(Table(tables, name)),
@@ -222,7 +249,7 @@ def prune_step(
     return Step(
         name=name,
         needs=("data", source),
-        task={"recipe": dict(recipe)},
+        task={"recipe": dict(recipe), "macs_left": macs_left},
         gmacs=net.gmacs * pictures * epochs,
         extra_s=extra_s,
         run=run,
@@ -362,6 +389,97 @@ def answers_of(folder: Path) -> Record:
     arrays = read_npz(folder / "answers.npz")
     columns = [arrays.get(key) for key in ("confidence", "predicted", "label", "ids")]
     return Record(*columns)
+
+
+# ---------------------------------------------------------------- robustness
+
+
+def robustness_step(
+    name: str, source: str, net: Net, *, pictures: int, fgsm: float, noise: float, blur: float
+) -> Step:
+    """
+    Accuracy of every exit on the first *pictures* test pictures, as they are and made worse.
+
+    *fgsm* is the largest change of a pixel by the sign of the final exit's gradient (Goodfellow
+    et al. 2015), *noise* the deviation of normal noise, both in units of 0..1; *blur* the
+    deviation of a Gaussian in pixels. Pixels stay within 0..1.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        import torch
+
+        from edgeexit.host.checkpoint import load_checkpoint
+
+        test = _samples(job.of("data") / "test.npz")[:pictures]
+        model = load_checkpoint(job.of(source) / "model.pt").model.eval()
+        random = torch.Generator().manual_seed(0)
+        worse: dict[str, Callable[[Any, Any], Any]] = {
+            "clean": lambda pixels, labels: pixels,
+            "fgsm": lambda pixels, labels: _attacked(model, pixels, labels, fgsm),
+            "noise": lambda pixels, labels: (
+                pixels + noise * torch.randn(pixels.shape, generator=random)
+            ),
+            "blur": lambda pixels, labels: _blurred(pixels, blur),
+        }
+        found = {}
+        for kind, change in worse.items():
+            rows = []
+            for start in range(0, len(test), BATCH):
+                some = torch.from_numpy(test.samples[start : start + BATCH]).permute(0, 3, 1, 2)
+                labels = torch.from_numpy(test.labels[start : start + BATCH])
+                pixels = change(some.float() / 255, labels).clamp(0, 1)
+                with torch.inference_mode():
+                    rows.append(_answers(model, pixels))
+                job.tell()
+            right = np.concatenate(rows) == test.labels[:, None]
+            found[kind] = [class_mean(right[:, k], test.labels) for k in range(right.shape[1])]
+        return found
+
+    task = {"pictures": pictures, "fgsm": fgsm, "noise": noise, "blur": blur}
+    gmacs = net.gmacs * pictures * (4 * FORWARD + 1)
+    return Step(name=name, needs=("data", source), task=task, gmacs=gmacs, run=run)
+
+
+def _normalised(pixels: Any) -> Any:
+    """Pixels (N, 3, H, W) of 0..1 as the network takes them."""
+    import torch
+
+    mean, std = (torch.tensor(values)[:, None, None] for values in (NORMAL.mean, NORMAL.std))
+    return (pixels - mean) / std
+
+
+def _answers(model: Any, pixels: Any) -> NDArray[np.int64]:
+    """The class that every exit answers, (N, E)."""
+    import torch
+
+    from edgeexit.host.model import exit_outputs
+
+    outputs = exit_outputs(model, _normalised(pixels)).values()
+    return np.asarray(torch.stack([one.argmax(1) for one in outputs], dim=1).numpy())
+
+
+def _attacked(model: Any, pixels: Any, labels: Any, most: float) -> Any:
+    """Every pixel moved by *most* in the direction in which the final exit's loss grows."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from edgeexit.host.model import exit_outputs
+
+    moved = pixels.clone().requires_grad_()
+    final = list(exit_outputs(model, _normalised(moved)).values())[-1]
+    (gradient,) = torch.autograd.grad(cross_entropy(final, labels), moved)
+    return pixels + most * gradient.sign()
+
+
+def _blurred(pixels: Any, deviation: float) -> Any:
+    """A Gaussian over 5x5 pixels, borders repeated."""
+    import torch
+    from torch.nn.functional import conv2d, pad
+
+    row = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / (2 * deviation**2))
+    kernel = torch.outer(row, row) / row.sum() ** 2
+    padded = pad(pixels, (2, 2, 2, 2), mode="replicate")
+    return conv2d(padded, kernel.expand(3, 1, 5, 5).contiguous(), groups=3)
 
 
 # ---------------------------------------------------------------- int8
