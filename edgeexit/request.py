@@ -56,7 +56,10 @@ class Request:
     def __post_init__(self) -> None:
         choose(self.method, {**METHODS, FIXED: None}, "method")
         if (self.method == FIXED) != (self.thresholds is not None):
-            raise UsageError("thresholds: expected with the method 'fixed', and only there")
+            raise UsageError(
+                "thresholds: expected with the method 'fixed', and only there",
+                hint="--method fixed --measure max_prob --thresholds 0.9,inf",
+            )
         if self.measure is not None:
             choose(self.measure, MEASURES, "confidence measure")
         if self.thresholds is not None:

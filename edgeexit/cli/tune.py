@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgeexit.cli import finite, progress
-from edgeexit.errors import UsageError
+from edgeexit.cli import finite, percentage, progress
+from edgeexit.errors import OutOfReach, UsageError
 
 if TYPE_CHECKING:
     from edgeexit.advisor import Advice
@@ -72,9 +72,8 @@ def _thresholds(
 @click.option("--device", "device_name", help="default: the kind of board that this machine is")
 @click.option(
     "--max-accuracy-drop",
-    type=float,
-    callback=finite,
-    help="share of samples that may be lost (default 0.01 = 1 %, without a budget)",
+    callback=percentage,
+    help="share of samples that may be lost, 0.01 or 1% (default 1%, without a budget)",
 )
 @click.option("--latency-budget", callback=_in("ms"), help="mean latency, e.g. 8ms")
 @click.option("--energy-budget", callback=_in("mJ"), help="mean energy, e.g. 3mJ")
@@ -87,21 +86,42 @@ def _thresholds(
     help="probability that the promise holds",
 )
 @click.option("--minimize", default="latency", show_default=True, help="latency or energy")
-@click.option("--method", default="path", show_default=True, help="path, shared, fixed, quota, ...")
+@click.option(
+    "--method",
+    default="path",
+    show_default=True,
+    help="path, shared, fixed, quota, pcee, class, pareto, ltt, ucb or crc",
+)
 @click.option(
     "--thresholds", callback=_thresholds, help="for --method fixed, inf drops: 0.9,inf,0.8"
 )
-@click.option("--measure", help="confidence measure (default: the best one on tuning)")
-@click.option("--rate", "rate_hz", type=float, callback=finite, help="inputs a second")
+@click.option(
+    "--measure", help="max_prob, margin or peak (default: the one that does best on tuning)"
+)
+@click.option(
+    "--rate",
+    "rate_hz",
+    type=float,
+    callback=finite,
+    help="inputs a second: also tell how busy that keeps the board, and joules a frame",
+)
 @click.option(
     "--ledger",
     "ledger_path",
     type=click.Path(path_type=Path),
     help="where uses of the certificate samples are counted (default: beside the set)",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
-    "--rival", type=click.Path(path_type=Path), help="a static bundle to compare with, ..."
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    help="nothing is drawn: it is written down, and another one is another question",
+)
+@click.option(
+    "--rival",
+    type=click.Path(path_type=Path),
+    help="a bundle to compare with, run to its final exit, ...",
 )
 @click.option(
     "--rival-profile", type=click.Path(path_type=Path), help="... its profile on this device"
@@ -110,7 +130,8 @@ def _thresholds(
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    help="also write what to ship: the bundle cut down to the exits kept",
+    help="also write what the verdict says to ship: the bundle cut down to the exits kept, or to "
+    "one exit",
 )
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="draw a .png or .svg")
 @click.option("--advise", is_flag=True, help="also say what more labels would buy")
@@ -232,8 +253,17 @@ def command(
         calibration or record.set_name, record.set_digest, record_path
     )
     asked = request.digest(digests)
-    delta = ledger.share(1.0 - confidence, ledger.next_use(counted, key, asked))
-    tune.check_feasible(len(record.rows(CERTIFICATE)), request.target, delta)
+    number = ledger.next_use(counted, key, asked)
+    delta = ledger.share(1.0 - confidence, number)
+    try:
+        tune.check_feasible(len(record.rows(CERTIFICATE)), request.target, delta)
+    except OutOfReach as error:
+        if number > 1:
+            error.hint = (
+                f"this would be use {number} of these samples, which risks less than the first: "
+                "label others, or allow a larger --max-accuracy-drop"
+            )
+        raise
     # Nothing that could have been refused before may be refused from here on: it would cost a use.
     use = ledger.spend(
         counted,
@@ -241,15 +271,19 @@ def command(
         asked,
         {"level": max_accuracy_drop, "method": method, "bundle": bundle.name, "device": name},
     )
-    found = tune.tune(
-        record,
-        profile,
-        request,
-        reference=reference,
-        use=use,
-        digests=digests,
-        accept_disturbed=accept_disturbed,
-    )
+    try:
+        found = tune.tune(
+            record,
+            profile,
+            request,
+            reference=reference,
+            use=use,
+            digests=digests,
+            accept_disturbed=accept_disturbed,
+        )
+    except OutOfReach as error:
+        error.hint = f"{error.hint} (this was use {use.use} of these samples)"
+        raise
     path = bundle.policy_path(name)
     if path.exists():
         click.echo(f"note: replaces {path}", err=True)
