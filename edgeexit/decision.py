@@ -154,7 +154,8 @@ class Policy:
 
     thresholds has E - 1 floats: exit k is taken when confidence >= thresholds[k], inf for a
     dropped exit. With class_offsets float64 (E - 1, C) an answer of class c needs
-    thresholds[k] + class_offsets[k, c]. certificate says what is promised about it and why.
+    thresholds[k] + class_offsets[k, c]; one of none of the C classes has offset 0. certificate
+    says what is promised about it and why.
     """
 
     thresholds: tuple[float, ...]
@@ -181,9 +182,14 @@ def leaves(record: Record, thresholds: Floats, class_offsets: Floats | None = No
     for k in reversed(range(record.exits - 1)):
         limit: Any = thresholds[k]
         if class_offsets is not None:
-            limit = limit + class_offsets[k][record.predicted[:, k]]
+            limit = limit + _offsets_of(class_offsets[k], record.predicted[:, k])
         found[record.confidence[:, k] >= limit] = k
     return found
+
+
+def _offsets_of(offsets: Floats, answers: NDArray[Any]) -> Floats:
+    has_one = (answers >= 0) & (answers < len(offsets))
+    return np.where(has_one, offsets[np.where(has_one, answers, 0)], 0.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -300,7 +306,7 @@ class Family:
 
     def _first_by_class(self, record: Record, k: int, need: Floats) -> Ints:
         assert self.class_offsets is not None
-        first = np.empty(len(record), np.int64)
+        first = np.searchsorted(-self.thresholds[:, k], -need, side="left")
         for c, offset in enumerate(self.class_offsets[k]):
             chosen = record.predicted[:, k] == c
             limits = -(self.thresholds[:, k] + offset)

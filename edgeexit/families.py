@@ -54,14 +54,12 @@ class Goal:
     """
     What is to be shown: a mean loss of at most *level* with probability 1 - *delta*.
 
-    samples is how many certificate samples there are, classes how many answers the network can
-    give (0: as many as were seen on tuning).
+    samples is how many certificate samples there are.
     """
 
     level: float
     delta: float
     samples: int
-    classes: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _pcee(tuning: Record, costs: Costs, goal: Goal) -> Family:
 def _by_class(tuning: Record, costs: Costs, goal: Goal) -> Family:
     early = tuning.exits - 1
     seen = int(tuning.predicted.max()) + 1 if len(tuning) else 1
-    offsets = np.zeros((early, max(goal.classes, seen)))
+    offsets = np.zeros((early, max(1, seen)))
     base = np.zeros(early)
     wanted = float(tuning.correct[:, -1].mean()) if len(tuning) else 1.0
     excess = [np.empty(0)]

@@ -151,7 +151,7 @@ def tune(
         else {"split": ledger.split_key(record.digests[checks]), **use.to_document()},
     }
     kept = _kept_names(record.exits, found.policy.kept)
-    offsets = found.policy.class_offsets
+    offsets, classes = found.policy.class_offsets, record.logits.shape[2]
     made = policy.Policy(
         device=profile.device,
         bundle_digest=record.bundle_digest,
@@ -161,7 +161,7 @@ def tune(
         class_offsets=None
         if offsets is None
         else {
-            name: tuple(map(float, row))
+            name: (*map(float, row), *[0.0] * (classes - len(row)))
             for name, row in zip(record.exits[:-1], offsets, strict=True)
             if name in kept
         },

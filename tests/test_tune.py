@@ -83,6 +83,16 @@ def test_of_all_measures_one_is_taken_and_named() -> None:
     assert policy.provenance["measures_tried"] == ["max_prob", "margin", "peak"]
 
 
+def test_each_class_of_the_network_has_an_offset_whether_it_was_seen_on_tuning_or_not() -> None:
+    record = made_record(100, 400, classes=12)
+    record.logits[record.rows("tuning"), :, 10:] = -128
+    request = Request(target=tune.Target(max_accuracy_drop=0.3), method="class")
+
+    policy = tune.tune(record, made_profile(), request).policy
+    assert policy.class_offsets
+    assert {len(row) for row in policy.class_offsets.values()} == {12}
+
+
 def test_exits_that_do_not_pay_are_dropped() -> None:
     # Segment 1 costs nothing beyond its head: leaving at exit 0 saves nothing against exit 1.
     policy = tuned(made_record(), made_profile((100e3, 1.0, 100e3), head=20e3), 0.01)
