@@ -21,7 +21,7 @@ import numpy as np
 from edgeexit import certify
 from edgeexit.decision import Bools, Costs, Family, Floats, Ints, Record, Tally
 from edgeexit.flips import chances
-from edgeexit.search import Problem, by_content
+from edgeexit.search import Problem, by_content, midway
 
 # The prices of a harmful flip, in full networks: at the highest one flip in thousands is too dear,
 # at the lowest hardly anyone gets past the first exit.
@@ -233,6 +233,4 @@ def _threshold(ranked: Floats, count: int) -> float:
         return float("inf")
     cut = ranked[-count]
     below = int(np.searchsorted(ranked, cut)) - 1
-    if below < 0:
-        return float(np.nextafter(np.float32(cut), np.float32(-np.inf)))
-    return 0.5 * (float(cut) + float(ranked[below]))
+    return midway(float(cut), float(ranked[below]) if below >= 0 else -np.inf)

@@ -127,9 +127,7 @@ class Problem:
         if math.isinf(cut):
             return cut
         below = self.confidence[k][self.confidence[k] < cut]
-        if len(below):
-            return 0.5 * (cut + float(below.max()))
-        return float(np.nextafter(np.float32(cut), np.float32(-np.inf)))
+        return midway(cut, float(below.max()) if len(below) else -math.inf)
 
     def _per_exit(self, cuts: Sequence[float] | Floats) -> Floats:
         return self.costs.at(np.append(np.asarray(cuts, np.float64) < np.inf, True))
@@ -283,17 +281,37 @@ class Problem:
         return cuts
 
 
+def midway(cut: float, below: float) -> float:
+    """A threshold that *cut* reaches and *below*, the next lower confidence (-inf: none), not."""
+    if below == -math.inf:
+        with np.errstate(over="ignore"):
+            lower = float(np.nextafter(np.float32(cut), np.float32(-np.inf)))
+        return lower if lower > -math.inf else math.nextafter(cut, -math.inf)
+    middle = 0.5 * cut + 0.5 * below  # of neighbours it may be the lower one
+    return middle if middle > below else cut
+
+
 def by_content(record: Record) -> NDArray[Any]:
     """
     An order of the samples, int (N,), that their confidences and losses alone fix.
 
     Samples alike in both stand together, in the order they came in; the order is as good as drawn.
     """
-    key = np.zeros(len(record), np.uint64)
-    columns = [*record.confidence.astype(np.float32).T.copy().view(np.uint32), *record.loss.T]
     with np.errstate(over="ignore"):
-        for column in columns:
-            # The last steps of splitmix64, by Sebastiano Vigna (public domain).
-            key = (key ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
-            key ^= key >> np.uint64(31)
-    return np.argsort(key, kind="stable")
+        single = record.confidence.astype(np.float32).T.copy().view(np.uint32)
+        key = _mixed([*single, *record.loss.T])
+        if record.confidence.dtype.itemsize <= single.itemsize:
+            return np.argsort(key, kind="stable")
+        # Confidences that float32 does not tell apart.
+        double = record.confidence.astype(np.float64).T.copy().view(np.uint64)
+        return np.lexsort((_mixed(double), key))
+
+
+def _mixed(columns: Sequence[NDArray[Any]] | NDArray[Any]) -> NDArray[np.uint64]:
+    """A number for each row of *columns* (N,), uint64 (N,), that they all have a part in."""
+    key = np.zeros(len(columns[0]), np.uint64)
+    for column in columns:
+        # The last steps of splitmix64, by Sebastiano Vigna (public domain).
+        key = (key ^ column.astype(np.uint64)) * np.uint64(0xBF58476D1CE4E5B9)
+        key ^= key >> np.uint64(31)
+    return key

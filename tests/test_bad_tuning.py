@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from small import EXITS, made_energy, made_profile, made_record, pictures, record_of, small_bundle
 
@@ -13,7 +12,6 @@ from edgeexit import plot, recut, tune
 from edgeexit.bundle import Bundle, load_bundle
 from edgeexit.calibration import write_set
 from edgeexit.cli import entry
-from edgeexit.decision import Costs, Record
 from edgeexit.errors import BadFile, OutOfReach, StorageError, UsageError
 from edgeexit.evaluate import Record as RecordFile
 from edgeexit.evaluate import record
@@ -414,77 +412,6 @@ def test_without_an_accuracy_drop_the_measure_keeps_most_within_the_budget() -> 
     taken, least = lost(None)
     assert least == min(lost(name)[1] for name in ("max_prob", "margin", "peak"))
     assert lost(taken)[1] == least
-
-
-# ---------------------------------------------------------------- arrays
-
-
-def arrays(
-    samples: int = 600,
-    exits: int = 3,
-    seed: int = 0,
-    classes: int = 4,
-    kind: type = np.float32,
-    constant: bool = False,
-) -> Record:
-    rng = np.random.default_rng(seed)
-    confidence = np.full((samples, exits), 0.5) if constant else rng.random((samples, exits))
-    label = rng.integers(0, classes, samples)
-    right = rng.random((samples, exits)) < 0.5 + confidence / 2
-    wrong = (label[:, None] + 1) % classes
-    return Record(
-        confidence.astype(kind),
-        np.where(right, label[:, None], wrong),
-        label,
-        seed * 10**6 + np.arange(samples),
-    )
-
-
-def costs(value: float, exits: int = 3) -> Costs:
-    return Costs(*(np.full(exits, value) for _ in range(3)))
-
-
-def chosen(tuning: Record, certificate: Record, at: Costs | None = None) -> tune.Policy:
-    return tune.choose(
-        tuning, certificate, costs(1.0, tuning.exits) if at is None else at, max_accuracy_drop=0.05
-    )
-
-
-def test_costs_at_either_end_make_a_policy_or_are_refused() -> None:
-    pair = arrays(), arrays(seed=1)
-    usual = chosen(*pair)
-
-    for value in (2.0**-9, 2.0**90, 2.0**600):
-        assert chosen(*pair, costs(value)).thresholds == usual.thresholds
-    assert chosen(*pair, costs(0.0)).certificate["position"] >= 0
-    for value in (1e201, 1e308):
-        with pytest.raises(UsageError, match="expected at most 1e"):
-            chosen(*pair, costs(value))
-    for value in (-1.0, np.nan, np.inf):
-        with pytest.raises(UsageError, match="finite numbers of 0 or more"):
-            costs(value)
-
-
-def test_odd_records_make_a_policy_or_are_refused() -> None:
-    tuning, certificate = arrays(), arrays(seed=1)
-
-    same = chosen(arrays(constant=True), arrays(seed=1, constant=True))
-    assert same.certificate["drop"] <= 0.05
-    single = chosen(arrays(classes=1), arrays(seed=1, classes=1))
-    assert single.mean_cost(certificate, costs(1.0)) <= costs(1.0).full
-    double = chosen(arrays(kind=np.float64), arrays(seed=1, kind=np.float64))
-    assert double.certificate["drop"] <= 0.05
-    assert chosen(arrays(exits=1), arrays(exits=1, seed=1)).thresholds == ()
-    with pytest.raises(UsageError, match="tuning: no samples"):
-        chosen(arrays(0), certificate)
-    with pytest.raises(OutOfReach, match="labels are missing"):
-        chosen(tuning, arrays(0, seed=1))
-    with pytest.raises(OutOfReach, match="labels are missing"):
-        chosen(arrays(exits=1), arrays(0, exits=1, seed=1))
-    with pytest.raises(UsageError, match="expected the same number"):
-        chosen(arrays(exits=2), certificate)
-    with pytest.raises(UsageError, match="NaN"):
-        replace(tuning, confidence=np.where(tuning.confidence < 0.5, np.nan, 0.1))
 
 
 def test_a_real_record_of_a_real_bundle_is_tuned_after_a_copy(town) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeexit.decision import Costs, Policy, Record, leaves
-from edgeexit.search import Found, Problem, by_content, leaves_at
+from edgeexit.search import Found, Problem, by_content, leaves_at, midway
 
 SMALL = st.tuples(
     st.integers(1, 12), st.integers(1, 3), st.sampled_from([0, 3]), st.integers(0, 10**6)
@@ -211,3 +211,35 @@ def test_the_first_exit_that_is_sure_enough_is_taken() -> None:
     confidence = np.array([[0.2, 0.9], [0.8, 0.9], [0.2, 0.3]], np.float32)
     assert leaves_at(confidence, (0.5, 0.5)).tolist() == [1, 0, 2]
     assert leaves_at(confidence, (math.inf, 0.95)).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("cut", "below"),
+    [
+        (0.7, 0.5),
+        (1 - 2**-53, 1 - 2**-52),
+        (5e-324, 0.0),
+        (1.7e308, 1.6e308),
+        (1.7e308, -1.7e308),
+        (0.5 + 2**-40, -math.inf),
+        (-3.4028234663852886e38, -math.inf),
+        (-1e300, -math.inf),
+    ],
+)
+def test_a_threshold_lies_above_the_next_lower_confidence(cut: float, below: float) -> None:
+    assert -math.inf <= below < midway(cut, below) <= cut < math.inf
+
+
+def test_the_loosest_threshold_lets_the_lowest_confidence_out() -> None:
+    for least in (0.3, -1e300, float(np.finfo(np.float64).min)):
+        assert midway(least, -math.inf) < least
+
+
+def test_the_order_by_content_is_one_of_all_digits_of_float64() -> None:
+    rng = np.random.default_rng(0)
+    confidence = 0.5 + 1e-15 * rng.random((300, 2))
+    record = Record(confidence, np.zeros((300, 2), int), np.zeros(300, int), np.arange(300))
+    shuffled = record.take(rng.permutation(300))
+
+    first, second = (one.confidence[by_content(one)] for one in (record, shuffled))
+    assert (first == second).all()
