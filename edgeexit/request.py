@@ -2,9 +2,9 @@
 What tune is asked for, and whether its files can answer that.
 
 Callers see Request, which tune, its ledger and verify share, promise, which says what of it was
-certified, and checks of the files: check_inputs and check_verdict. Hidden here: where in a policy
-file the request is written down, and what is refused whatever the samples say, so that no use of
-them is counted for it.
+certified, and checks of the files: check_inputs, check_profile and check_verdict. Hidden here:
+where in a policy file the request is written down, and what is refused whatever the samples say,
+so that no use of them is counted for it.
 """
 
 import math
@@ -323,6 +323,29 @@ def _check_logits(bundle: Bundle, record: Record) -> None:
         )
 
 
+def check_profile(bundle: Bundle, profile: Profile, device: str) -> None:
+    """Refuse (BadFile) a profile of another bundle or device."""
+    _check_is_of(bundle, "profile", profile.bundle_digest, profile.exits)
+    if profile.device != device:
+        raise BadFile(
+            f"the profile was measured on {profile.device!r}, expected {device!r}",
+            hint=f"edgeexit profile --device {device}",
+        )
+
+
+def _check_is_of(bundle: Bundle, what: str, digest: str, exits: Sequence[str]) -> None:
+    if digest != bundle.digest:
+        raise BadFile(
+            f"the {what} is of bundle {digest[:12]}, this bundle is {bundle.digest[:12]}",
+            hint=f"make a {what} of this bundle",
+        )
+    if exits != bundle.exits:
+        raise BadFile(
+            f"the {what} has the exits {list(exits)}, this bundle {list(bundle.exits)}",
+            hint=f"make a {what} of this bundle",
+        )
+
+
 def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) -> None:
     """
     Refuse (BadFile) a record or profile of something else, and samples that were used before.
@@ -330,24 +353,9 @@ def check_inputs(bundle: Bundle, record: Record, profile: Profile, device: str) 
     A policy tuned on samples from training or activation ranges promises too much; so does one
     checked on those it was tuned on.
     """
-    for what, digest in (("record", record.bundle_digest), ("profile", profile.bundle_digest)):
-        if digest != bundle.digest:
-            raise BadFile(
-                f"the {what} is of bundle {digest[:12]}, this bundle is {bundle.digest[:12]}",
-                hint=f"make a {what} of this bundle",
-            )
-    for what, exits in (("record", record.exits), ("profile", profile.exits)):
-        if exits != bundle.exits:
-            raise BadFile(
-                f"the {what} has the exits {list(exits)}, this bundle {list(bundle.exits)}",
-                hint=f"make a {what} of this bundle",
-            )
+    _check_is_of(bundle, "record", record.bundle_digest, record.exits)
     _check_logits(bundle, record)
-    if profile.device != device:
-        raise BadFile(
-            f"the profile was measured on {profile.device!r}, expected {device!r}",
-            hint=f"edgeexit profile --device {device}",
-        )
+    check_profile(bundle, profile, device)
     tuning, certificate = (
         {row.tobytes() for row in record.digests[record.rows(split)]}
         for split in (TUNING, CERTIFICATE)

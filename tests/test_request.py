@@ -5,9 +5,10 @@ import math
 from pathlib import Path
 
 import pytest
-from small import made_profile, made_record
+from small import made_profile, made_record, small_bundle
 
 from edgeexit import __version__, ledger, request, tune
+from edgeexit.cli import entry
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import Table, json_bytes, parse_json, read_json
 from edgeexit.request import Request
@@ -105,3 +106,14 @@ def test_a_bundle_of_one_exit_leaves_no_choice() -> None:
     request.check_choice(("a", "b"))
     with pytest.raises(UsageError, match="one exit"):
         request.check_choice(("a",))
+
+
+def test_a_profile_of_another_bundle_is_refused_before_a_record_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small_bundle(tmp_path)
+    made_profile(bundle_digest="0" * 64).save(tmp_path / "profile-host.json")
+    assert entry(["tune", "--device", "host"]) == BadFile.exit_code
+    assert "the profile is of bundle 000000000000" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*-record.npz"))

@@ -190,7 +190,7 @@ def command(
     from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
     from edgeexit.files import check_output, file_digest
-    from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs
+    from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs, check_profile
 
     budgets = (latency_budget, energy_budget, p95)
     if max_accuracy_drop is None and not any(budget is not None for budget in budgets):
@@ -234,6 +234,7 @@ def command(
         )
     source = profile_path or Path(f"profile-{name}.json")
     profile = load_profile(source, name, accept_disturbed)
+    check_profile(bundle, profile, name)  # before a record is made in vain
     record_path, record = find_record(bundle, record_path, calibration)
     reference = None if reference_path is None else Record.load(reference_path)
     check_inputs(bundle, record, profile, name)
@@ -379,6 +380,7 @@ def _chart(
         record.exits,
         ms=Costs(*(part / 1e6 for part in (times.backbone, times.head, times.handover))),
         mj=found.costs_mj,
+        energy=f"mean energy per answer ({found.worth.energy_label or 'unknown'})",
         first=found.first,
         certified=found.certified,
         position=found.position,
