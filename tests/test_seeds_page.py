@@ -15,6 +15,7 @@ from seeds import everything, gormez, kinds
 
 NET = kinds.Net(depth=8, blocks=(1, 2))
 SETTING = replace(gormez.SMALL, net=NET, seeds=2)
+VERDICT = "DISTURBED: other programs"
 MACHINE = {"cpu": "a board", "cores": 4, "date": "2026-01-01"}
 
 
@@ -23,7 +24,7 @@ def made_up(s1: list[list[float]], s2: list[list[float]]) -> dict[str, Any]:
     costs, flat = [1e6, 4e6], {"low": [0.4, 0.5], "high": [0.6, 0.7]}
     history = [{"step": 1, "weights_gone": 0.5, "macs": 6_000_000, "accuracies": {"a": 0.5}}]
     better = [{**history[0], "accuracies": {"a": 0.75}}]
-    timed = {"accuracy": [0.5, 0.6, 0.7], "measured": {"ms": [0.1, 0.2, 0.3]}}
+    timed = {"accuracy": [0.5, 0.6, 0.7], "measured": {"ms": [0.1, 0.2, 0.3], "verdict": VERDICT}}
     saved = {"share": 0.123, "accuracy": 0.55, "each": [0.1, 0.2]}
     return {
         "command": "python bench/seeds/gormez.py",
@@ -62,6 +63,7 @@ def test_the_page_says_whether_the_published_order_holds(s2_last: float, said: s
     assert "The paper: S1 saves up to 15%." in text
     assert "cross at 2.50 million MACs (55.0%)" in text
     assert "only the signs can be compared" in text
+    assert "Profiles behind the milliseconds: 6 disturbed." in text
     assert "| magnitude | 75.0 [25.0 (25.0 .. 25.0)] |" in text
     assert "| l1 | 62.5 [12.5 (0.0 .. 25.0)] | 50.0 (50.0 .. 50.0) % |" in text
 
@@ -100,7 +102,7 @@ def test_equal_results_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.Monke
 
 def pruned_results(lost: dict[str, float]) -> dict[str, Any]:
     """Steps' results in which each variant at 75 % loses so much of 0.9."""
-    timed = {"accuracy": [0.5, 0.6, 0.7], "measured": {"ms": [0.1, 0.2, 0.3]}}
+    timed = {"accuracy": [0.5, 0.6, 0.7], "measured": {"ms": [0.1, 0.2, 0.3], "verdict": VERDICT}}
     robust = {kind: [0.5, 0.6, 0.7] for kind in ("clean", "fgsm", "noise", "blur")}
     results: dict[str, Any] = {"data": {"training": {"pictures": 8000}, "test": {"pictures": 9806}}}
     for seed in range(SHORT.seeds):

@@ -23,7 +23,7 @@ import numpy as np
 from cifar import DATA, LISTED, Cifar
 from seeds import kinds
 from seeds.curves import Curve, band, common_costs
-from seeds.page import figure, grid, spread
+from seeds.page import figure, grid, spread, verdicts
 from seeds.steps import Step, Table, command, main
 
 NAME = "seeds-everything"
@@ -82,7 +82,7 @@ SMALL = Setting(
     final=12,
     criterion="l1",
     block_criterion="kl",
-    samples=256,
+    samples=128,
     filter_steps=8,
     robust=2_000,
     seeds=2,
@@ -191,7 +191,7 @@ def _seed_steps(setting: Setting, start: Step, seed: int) -> list[Step]:
                     net,
                     pictures=pictures,
                     epochs=count * setting.epochs * mean_cost + last,
-                    extra_s=10.0 + 6.0 * count,
+                    extra_s=10.0 + 12.0 * count,
                     recipe={
                         "prune": {**plan, "target": {"macs": FIRST}},
                         "finetune": {**part, "epochs": setting.epochs, "warmup": 0.1},
@@ -307,6 +307,7 @@ def page(found: Mapping[str, Any]) -> str:
             "Milliseconds of the int8 network to each exit, with the heads before it, and its "
             "accuracy there:\n",
             grid(_latencies(found)),
+            verdicts(net for row in found["rows"].values() for net in row["int8"]),
             f"Robustness of the final exit on {setting['robust']:,} test pictures: the sign of the "
             f"gradient times {255 * setting['fgsm']:.0f}/255 (FGSM), normal noise of "
             f"{setting['noise']}, a Gaussian blur of {setting['blur']} pixels.\n",

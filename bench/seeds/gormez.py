@@ -23,7 +23,7 @@ import numpy as np
 from cifar import DATA, LISTED, Cifar
 from seeds import kinds
 from seeds.curves import Band, Curve, band, common_costs, crossings, saving, sweep
-from seeds.page import figure, grid, spread
+from seeds.page import figure, grid, spread, verdicts
 from seeds.steps import Step, Table, command, main
 
 NAME = "seeds-gormez"
@@ -345,6 +345,7 @@ def page(found: Mapping[str, Any]) -> str:
         "The structured twins: filters removed to half the MACs, converted to int8, every exit "
         "timed with the heads before it. Means over the seeds (least .. largest).\n",
         grid(_twins(found)),
+        verdicts(net for nets in found["int8"].values() for net in nets),
         "Every criterion against random, from S1's dense network: accuracy on the held-out tenth, "
         "mean over the exits and the seeds, and in brackets points ahead of random (least .. "
         "largest over the seeds). "

@@ -3,8 +3,9 @@ How numbers stand in the papers' sections of docs/results.md: grids, spreads ove
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from seeds.curves import Band
@@ -24,6 +25,13 @@ def spread(values: Sequence[float], scale: float = 100.0, digits: int = 1) -> st
     """The mean of *values*, one for each seed, with the least and the largest, times *scale*."""
     mean, low, high = (f"{scale * f(values):.{digits}f}" for f in (np.mean, min, max))
     return f"{mean} ({low} .. {high})"
+
+
+def verdicts(nets: Iterable[Mapping[str, Any]]) -> str:
+    """How many of the profiles behind the milliseconds of int8 *nets* can be trusted."""
+    words = [net["measured"]["verdict"].partition(":")[0].lower() for net in nets]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in sorted(set(words)))
+    return f"Profiles behind the milliseconds: {counts}.\n"
 
 
 _LOOKS = ((BLUE, "-"), (RED, "--"), (GREY, ":"), (GREEN, "-."), (ORANGE, (0, (4, 1, 1, 1, 1, 1))))

@@ -247,8 +247,11 @@ def command(
     The command of a paper's table. *make* gets --full, --seeds and --data, and returns the table.
     """
 
-    @click.command(help=doc, context_settings={"help_option_names": ["-h", "--help"]})
-    @click.option("--full", is_flag=True, help="the paper's schedule, for a machine with a GPU")
+    # click keeps the lines of a paragraph that begins so as they are.
+    told = doc.replace("\n\n    python", "\n\n\b\n    python")
+
+    @click.command(help=told, context_settings={"help_option_names": ["-h", "--help"]})
+    @click.option("--full", is_flag=True, help="the paper's schedule: --steps says how long")
     @click.option("--steps", is_flag=True, help="only list what is done and what is left")
     @click.option("--seeds", type=click.IntRange(1, 100), help="how many seeds")
     @click.option("--data", type=click.Path(path_type=Path), help="folder of cifar10/ and its list")
