@@ -141,10 +141,10 @@ def _finished(
         return None
     document = dict(read_json(path).values)
     plan = _plan(step, done)
-    if {key: document.get(key) for key in plan} != plan or "result" not in document:
-        differs = [key for key, value in plan.items() if document.get(key) != value]
+    differs = [key for key, value in plan.items() if document.get(key) != value]
+    if differs or not {"result", "wall_s"} <= document.keys():
         raise BadFile(
-            f"{path}: made by another plan ({', '.join(differs) or 'no result'} differs)",
+            f"{path}: made by another plan ({', '.join(differs) or 'what came out'} differs)",
             hint=f"remove {path.parent} to make it again, or name another folder with --work",
         )
     return document
