@@ -29,8 +29,8 @@ EXACT, SIGNED = "exact", "signed"
 
 # The share of delta that is spent on how frequent helpful flips may be.
 _SPENT = 0.05
-# What sums of a Fourier transform may be off by, generously.
-_SLACK = 1e-12
+# What sums of a Fourier transform may be off by for each sample, generously.
+_SLACK = 1e-15
 # Deviations of the normal distribution, for guessing which test will be the sharper one.
 _TAIL, _FAR_TAIL = 1.7, 3.0
 
@@ -135,7 +135,9 @@ def _signed(harmful: int, helpful: int, samples: int, level: float, spent: float
     if math.sqrt(most) + math.sqrt(most + level) > 1.0:
         return 1.0
     tail = _tails(helpful, samples, level, spent)
-    return min(1.0, float(tail[difference + len(tail) // 2]) + _SLACK + spent)
+    # Whatever lies before the first sum is no more likely than that.
+    place = max(0, difference + len(tail) // 2)
+    return min(1.0, float(tail[place]) + _SLACK * samples + spent)
 
 
 @lru_cache(maxsize=100_000)
@@ -149,7 +151,7 @@ def _tails(helpful: int, samples: int, level: float, spent: float) -> Floats:
     help_ = _most(helpful, samples, spent)
     harm = help_ + level
     spread = math.sqrt(samples * (harm + help_))
-    reach = 2.0 * max(samples * level + 30.0 * spread + 60.0, helpful + 1.0)
+    reach = 2.0 * (samples * level + 30.0 * spread + 60.0)
     size = 2 ** math.ceil(math.log2(reach))
     angles = 2j * np.pi * np.arange(size // 2 + 1) / size
     # The characteristic function of one sample, less 1.

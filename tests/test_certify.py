@@ -89,6 +89,44 @@ def test_the_signed_tail_is_the_sum_over_all_outcomes(
             assert less <= tail + 1e-12
 
 
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no longer floats here")
+@pytest.mark.parametrize("samples", [1000, 100_000, 1_000_000])
+@pytest.mark.parametrize("level", [0.03, 0.3])
+@pytest.mark.parametrize("deviations", [1, 2, 5])
+def test_the_signed_p_value_is_not_below_its_tail_in_longer_floats(
+    samples: int, level: float, deviations: int
+) -> None:
+    helpful, spent = samples // 20, 0.002
+    help_ = bounds.upper_bound(helpful, samples, 1.0 - spent)
+    spread = math.sqrt(samples * (2 * help_ + level))
+    difference = int(samples * level - deviations * spread)
+
+    found = certify._signed(helpful + difference, helpful, samples, level, spent)
+    tail = long_tail(samples, np.longdouble(help_) + level, np.longdouble(help_), difference)
+    assert 0.0 <= found - spent - tail <= 1e-14 * samples
+
+
+def long_tail(n: int, harm: np.longdouble, help_: np.longdouble, most: int) -> np.longdouble:
+    """P(harmful - helpful <= most): the characteristic function summed over half a circle."""
+    size = 1 << (4 * most + 2000).bit_length()
+    half = np.arctan2(np.longdouble(0), np.longdouble(-1)) / size * np.arange(1, size // 2 + 1)
+    real = -2 * (harm + help_) * np.sin(half) ** 2
+    imag = (harm - help_) * np.sin(2 * half)
+    height = np.exp(n / np.longdouble(2) * np.log1p(2 * real + real**2 + imag**2))
+    turn = n * np.arctan2(imag, 1 + real) + half * (size // 2 - most)
+    count = most + size // 2 + 1
+    terms = 2 * height * np.cos(turn) * np.sin(count * half) / np.sin(half)
+    return (count + terms[:-1].sum() + terms[-1] / 2) / size
+
+
+def test_many_helpful_flips_take_little_memory() -> None:
+    helpful, spent = 100_000, 0.0025
+
+    assert certify._signed(0, helpful, 1_000_000, 0.01, spent) == pytest.approx(spent)
+    assert certify._signed(helpful, helpful, 1_000_000, 0.01, spent) == pytest.approx(spent)
+    assert certify._tails(helpful, 1_000_000, 0.01, spent).nbytes < 2**20
+
+
 @given(
     harmful=st.integers(0, 60),
     helpful=st.integers(0, 60),
