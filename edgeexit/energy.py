@@ -421,8 +421,12 @@ class Energy:
         noise = math.sqrt(float(np.sum((left - slope * steps) ** 2)) / (len(seen) - 1) / squares)
         return slope if slope > 4 * noise else 0.0
 
-    def reasons(self) -> list[str]:
-        """What makes these joules doubtful, a sentence each; empty if nothing does."""
+    def reasons(self, case_name: Callable[[int], str] = "case {}".format) -> list[str]:
+        """
+        What makes these joules doubtful, a sentence each; empty if nothing does.
+
+        *case_name* gives the words for a case's number.
+        """
         found = []
         if self.idle_drift > _MOST_IDLE_DRIFT:
             found.append(
@@ -443,7 +447,8 @@ class Energy:
             found.append(f"reading the meter took {self.sampler_share:.1%} of a core")
         under = [k for k in self.cases if self.net_mj(k).value <= 0]
         if under:
-            found.append(f"case {under[0]} drew no more than idling: was the board idle before?")
+            what = case_name(under[0])
+            found.append(f"{what} drew no more than idling: was the board idle before?")
         return found
 
     def to_document(self) -> dict[str, Any]:

@@ -341,7 +341,7 @@ def _change(share: float) -> str:
 
 def _energy(profile: Profile) -> Iterator[Reason]:
     if profile.energy is not None:
-        for text in profile.energy.reasons():
+        for text in profile.energy.reasons(lambda k: named(profile, profile.cases[k])):
             yield Reason(kind="energy", text=text)
         yield from _other_pace(profile, profile.energy)
 

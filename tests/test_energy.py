@@ -353,7 +353,8 @@ def test_an_idle_that_was_not_idle_disturbs() -> None:
     board = Board(idle_mw=2700, loads=[Load(power_mw=2600, call_s=0.01)])
     energy, _ = measured(board, FINE, 0)
 
-    assert any("no more than idling" in reason for reason in energy.reasons())
+    assert any("case 0 drew no more than idling" in reason for reason in energy.reasons())
+    assert any("exit0 drew no more" in reason for reason in energy.reasons("exit{}".format))
 
 
 def test_windows_without_idle_ones_around_them_are_refused() -> None:

@@ -348,7 +348,7 @@ def test_quiet_simulated_machines_are_clean() -> None:
 
 def test_doubtful_joules_disturb() -> None:
     drifted = "idle power drifted between 2 W and 3 W (40%)"
-    meter = SimpleNamespace(reasons=lambda: [drifted], pace_hz=5.0)
+    meter = SimpleNamespace(reasons=lambda name: [drifted], pace_hz=5.0)
     verdict = judge(replace(QUIET, energy=meter))
     assert verdict.status == DISTURBED
     assert [reason.kind for reason in verdict.reasons] == ["energy"]
@@ -363,7 +363,7 @@ def test_calls_that_took_another_time_in_the_joule_windows_disturb(
         return Window(case=case, began_ns=0, ended_ns=4 * 10**9, calls=calls)
 
     meter = SimpleNamespace(
-        reasons=list, pace_hz=None, cases=[0, 1], windows=[window(0), window(1)]
+        reasons=lambda name: [], pace_hz=None, cases=[0, 1], windows=[window(0), window(1)]
     )
     verdict = judge(replace(QUIET, energy=meter))
     assert verdict.status == status
