@@ -53,7 +53,7 @@ class Outcome:
             "differences": list(self.differences),
             "device": self.policy.device,
             "bundle": self.policy.bundle_digest,
-            "promise": self.sentence if self.holds else None,
+            "promise": promise(self.policy) if self.holds else None,
         }
 
     @property

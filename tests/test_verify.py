@@ -375,6 +375,7 @@ def test_the_command_prints_what_holds(world: World, capsys: pytest.CaptureFixtu
     assert entry(command(world, "--json")) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["holds"] is True
+    assert document["promise"].startswith("Certified with 90% confidence")
     assert document["differences"] == []
 
 
