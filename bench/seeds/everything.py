@@ -74,7 +74,7 @@ class Setting:
 NET = kinds.Net(depth=56, blocks=(9, 18), shortcut="A")
 SMALL = Setting(
     net=NET,
-    pictures=8_000,
+    pictures=6_000,
     ranges=1_000,
     test=None,
     head_epochs=4,
@@ -181,8 +181,9 @@ def _seed_steps(setting: Setting, start: Step, seed: int) -> list[Step]:
         if variant in DEEPER:
             goals.append(("86", f"{variant}-75", 0.2))
         for goal, source, mean_cost in goals:
-            # A block at a time: about as many steps as blocks' shares of the MACs fit.
-            count = plan.get("steps", 20 if goal == "75" else 6)
+            # Filters as many as a block's take few MACs: more steps than blocks alone need.
+            blocks = 20 if variant == "blocks" else 34 if goal == "75" else 17
+            count = plan.get("steps", blocks)
             last = setting.final * (FIRST if goal == "75" else SECOND)
             steps.append(
                 kinds.prune_step(
