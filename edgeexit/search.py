@@ -239,7 +239,7 @@ class Problem:
             for start in (cuts, best):
                 tight = self._tighten(start, allowed)
                 value = self._cost_within(tight, allowed)
-                if value < cost - 1e-9 * abs(cost):
+                if value < cost * (1.0 - 1e-9):
                     best, cost = tight, value
         return self.found(best)
 

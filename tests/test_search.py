@@ -243,3 +243,16 @@ def test_the_order_by_content_is_one_of_all_digits_of_float64() -> None:
 
     first, second = (one.confidence[by_content(one)] for one in (record, shuffled))
     assert (first == second).all()
+
+
+def test_where_the_full_network_harms_too_often_a_policy_that_does_not_is_found() -> None:
+    """Against another reference: only the first exit keeps to the allowance."""
+    record = Record(
+        np.array([[0.9, 0.5], [0.8, 0.5], [0.7, 0.5]], np.float32),
+        np.array([[1, 0], [1, 0], [0, 0]]),
+        np.ones(3, np.int64),
+        np.arange(3),
+        reference_correct=np.ones(3, np.bool_),
+    )
+    problem = Problem(record, Costs(np.ones(2), np.ones(2), np.zeros(2)))
+    assert problem.least(1).harmful == 1
