@@ -89,6 +89,15 @@ def test_the_signed_tail_is_the_sum_over_all_outcomes(
             assert less <= tail + 1e-12
 
 
+def test_beyond_what_is_proven_of_the_signed_tail_nothing_is_shown() -> None:
+    # The tail must end two below the mean of one sample less, 9.9 here.
+    assert certify._signed(7, 0, 100, 0.1, 0.002) < 1.0
+    assert certify._signed(8, 0, 100, 0.1, 0.002) == 1.0
+    # Helpful flips at a rate of 0.22 and harmful ones at 0.52 are no sum of coins.
+    assert certify._signed(0, 0, 100, 0.3, 0.002) < 1.0
+    assert certify._signed(10, 10, 100, 0.3, 0.002) == 1.0
+
+
 @pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no longer floats here")
 @pytest.mark.parametrize("samples", [1000, 100_000, 1_000_000])
 @pytest.mark.parametrize("level", [0.03, 0.3])
