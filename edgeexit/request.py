@@ -99,12 +99,18 @@ class Request:
         return None if self.thresholds is None else list(map(str, self.thresholds))
 
     def digest(self, files: Mapping[str, str | None]) -> str:
-        """The ledger's request digest: of all options, and the digests of all *files*."""
+        """
+        The ledger's request digest: of all options, and the digests of all *files*.
+
+        The rate has no part in it: it decides about the verdict, not about the policy.
+        """
+        target = self.target.to_document()
+        del target["rate_hz"]
         return ledger.request_digest(
             {
                 "made_by": __version__,
                 **files,
-                **self.target.to_document(),
+                **target,
                 "method": self.method,
                 "thresholds": self._thresholds_text(),
                 "measure": self.measure,

@@ -208,12 +208,13 @@ def contest(
     The policy beside the static networks that it has to beat, on the certificate samples.
 
     An exit alone is a rival if the accuracy seen there drops by no more than the target allows
-    (1 % if it allows anything): without a certificate, which is lenient towards rivals.
+    (if it allows anything: 1 %, or as much as the policy's own): without a certificate, which is
+    lenient towards rivals.
     """
-    leaves = made.exits(certificate)
-    right = int(certificate.correct[np.arange(len(certificate)), leaves].sum())
+    leaves, rows = made.exits(certificate), np.arange(len(certificate))
+    right = int(certificate.correct[rows, leaves].sum())
     counts = certificate.correct.sum(axis=0)
-    level = _level(target)
+    level = _level(target, float(certificate.loss[rows, leaves].mean()))
     lost = certificate.loss.mean(axis=0)
     exits = profile.exits
     return judge_worth(
@@ -253,24 +254,25 @@ class Challenger:
         """The verdict about *found* once more, with this network beside the others."""
         rows = rows_of(record, CERTIFICATE)
         right = reference_correct(record, self.answers)[rows]
-        lost = float(found.certificate.reference.mean()) - float(right.mean())
+        chosen, seen = found.family.policy(found.position), found.certificate
+        lost = float(seen.reference.mean()) - float(right.mean())
+        own = float(seen.loss[np.arange(len(seen)), chosen.exits(seen)].mean())
         rival = Rival(
             name=self.name,
             profile=self.profile,
             accuracy=(int(right.sum()), len(rows)),
-            within_budget=lost <= _level(request.target),
+            within_budget=lost <= _level(request.target, own),
         )
-        chosen = found.family.policy(found.position)
-        return contest(chosen, found.certificate, profile, request.target, rival)
+        return contest(chosen, seen, profile, request.target, rival)
 
 
 def _by(target: Target) -> str:
     return MJ if target.minimize == ENERGY else MS
 
 
-def _level(target: Target) -> float:
-    """What networks without a certificate may lose to be compared with: 1 % if anything may be."""
-    return 0.01 if target.max_accuracy_drop is None else target.max_accuracy_drop
+def _level(target: Target, own: float = 0.0) -> float:
+    """What may be lost to be compared with; where anything may, 1 % or what the policy does."""
+    return max(0.01, own) if target.max_accuracy_drop is None else target.max_accuracy_drop
 
 
 def input_digests(

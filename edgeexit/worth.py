@@ -194,8 +194,8 @@ def judge_worth(
     *policy_rates* float64 (E,) says which share of *samples* samples leaves at each of the
     profile's exits, only at *kept* ones. *accuracy*, *full* and *statics* (the early exits whose
     answers alone are within the budget) are (right, of) on the same samples. Early exit pays if
-    the low end of the 95 % interval of the speed-up (or with *by* "mj" of the saving in joules)
-    over each rival within the budget is above 1.03. UsageError for rates or a rival that do not
+    the low end of the 95 % interval of the speed-up (or with *by* "mj" of the saving in joules,
+    at a rate those of a frame) over each rival within the budget is above 1.03. UsageError for rates or a rival that do not
     fit, or joules that the profile does not tell.
     """
     rates = np.asarray(policy_rates, np.float64)
@@ -567,12 +567,17 @@ def _verdict(rows: Sequence[Row], kept: int, by: str) -> tuple[bool, str, str]:
     """Whether early exit pays, what to ship, and why in one sentence."""
     against = [row for row in rows[1:] if row.within_budget]
 
+    # Between frames a board idles: that is paid for with every policy.
+    has_frames = all(row.frame_less_energy is not None for row in against)
+
     def gain(row: Row) -> Estimate:
-        found = row.speed_up if by == MS else row.less_energy
+        energy = row.frame_less_energy if has_frames else row.less_energy
+        found = row.speed_up if by == MS else energy
         assert found is not None
         return found
 
-    gained = "speed-up" if by == MS else "saving in joules"
+    saving = "saving in joules of a frame" if has_frames else "saving in joules"
+    gained = "speed-up" if by == MS else saving
     closest = min(against, key=lambda row: gain(row).low)
     best = min(against, key=lambda row: gain(row).value)
     if gain(closest).low > WORTH_IT:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,6 @@ def test_the_digest_is_the_one_that_ledgers_hold() -> None:
         "p95_ms": None,
         "confidence": 0.95,
         "minimize": "latency",
-        "rate_hz": None,
         "method": "fixed",
         "thresholds": ["0.9", "inf"],
         "measure": "peak",
@@ -54,6 +54,13 @@ def test_the_digest_is_the_one_that_ledgers_hold() -> None:
     }
     assert asked == ledger.request_digest(words)
     assert len({each.digest({}) for each in ASKED}) == len(ASKED)
+
+
+def test_a_rate_is_no_other_question() -> None:
+    """It decides about the verdict: whoever asks again at another rate sees the same policy."""
+    at_once, later = (Request(target=replace(DROP, rate_hz=rate)) for rate in (None, 30.0))
+
+    assert at_once.digest({"record": "r"}) == later.digest({"record": "r"})
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,19 @@ def test_a_budget_below_the_first_exit_is_out_of_reach() -> None:
         tune.tune(made_record(), made_profile(), asked(latency_budget_ms=0.06))
 
 
+def test_a_policy_that_loses_much_has_rivals_that_lose_as_much() -> None:
+    """Where only a budget was asked for, an exit alone may lose what the policy loses."""
+    found = tune.tune(made_record(), made_profile(), asked(latency_budget_ms=0.28))
+    everyone = tune.Policy(thresholds=(0.0,) + (math.inf,) * (len(EXITS) - 2))
+    assert found.certificate.loss[:, 0].mean() > 0.01
+
+    target = asked(latency_budget_ms=0.28).target
+    worth = tune.contest(everyone, found.certificate, made_profile(), target)
+
+    assert EXITS[0] in [row.name for row in worth.rows if row.kind == "static"]
+    assert not worth.pays
+
+
 def test_two_targets_hold_together_and_share_the_risk() -> None:
     request = asked(max_accuracy_drop=0.02, latency_budget_ms=0.29)
     policy = tune.tune(made_record(), made_profile(), request).policy

@@ -316,6 +316,20 @@ def test_joules_decide_where_they_are_asked_for() -> None:
     assert worth.energy_label == "external"
 
 
+def test_at_a_rate_the_joules_of_a_frame_decide() -> None:
+    """At one frame in ten seconds nearly all is idling, and no policy saves that."""
+    profile = decoding(made_profile(handover=500.0), 100e3)
+    pairs = [(EXITS, name) for name in EXITS] + [(EXITS[-1:], "exit2")]
+    profile = replace(profile, energy=made_energy(profile, pairs))
+
+    often, seldom = (judged(profile, by="mj", rate_hz=rate) for rate in (1500.0, 0.1))
+
+    assert often.pays
+    assert "joules of a frame" in often.sentence
+    assert not seldom.pays
+    assert seldom.rows[1].less_energy == often.rows[1].less_energy
+
+
 def test_joules_that_are_not_there_cannot_decide() -> None:
     with pytest.raises(UsageError, match="does not tell the joules"):
         judged(made_profile(), by="mj")
