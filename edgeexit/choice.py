@@ -232,6 +232,7 @@ class Decision:
         rows, tally = self.family.thresholds[self.first : self.last + 1], self.certificate_tally
         level = target.max_accuracy_drop
         tests = certify.tests(tally.samples, self.tuning, len(self.family))
+        is_tested = level is not None and method.is_tested
         return {
             "family": self.family.name,
             "promise": method.promise if level is not None else "budgets alone",
@@ -239,7 +240,7 @@ class Decision:
             "delta": self.delta,
             "confidence": target.confidence,
             "statements": target.caps,
-            "test": None if level is None else tests[self.place],
+            "test": tests[self.place] if is_tested else None,
             "samples": tally.samples,
             "tuning_samples": self.tuning.samples,
             "seed": seed,
@@ -281,7 +282,8 @@ def decide(
     if level is not None:
         goal = Goal(level, share, len(certificate))
         certified = method.rule(family, certificate, tuning, goal)
-        p_values = certify.p_values(tally, level, share, seen)
+        if method.is_tested:
+            p_values = certify.p_values(tally, level, share, seen)
         # The full network is its own reference: it loses nothing, by definition.
         floor = 0 if certificate.reference_correct is None else -1
         last = floor if certified is None else certified

@@ -7,7 +7,7 @@ before the samples of a test were seen). Hidden here: a family whose thresholds 
 counted in one pass over the samples, however many policies it has.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -176,15 +176,30 @@ class Policy:
         return float(costs.at(self.kept)[self.exits(record)].mean())
 
 
+def leaves_at(
+    confidence: NDArray[np.floating], thresholds: Sequence[float] | Sequence[NDArray[Any]] | Floats
+) -> Ints:
+    """
+    The exit each sample leaves at, int64 (N,): the first whose threshold it reaches.
+
+    confidence (N, M) or wider; with M thresholds, each one number or (N,), the exits are 0 .. M.
+    """
+    found = np.full(len(confidence), len(thresholds), np.int64)
+    for k in reversed(range(len(thresholds))):
+        # A bare float would be rounded to the kind of float that the confidences are.
+        found[confidence[:, k] >= np.asarray(thresholds[k], np.float64)] = k
+    return found
+
+
 def leaves(record: Record, thresholds: Floats, class_offsets: Floats | None = None) -> Ints:
     """The first exit, int64 (N,), whose threshold (E - 1,) each sample reaches, else the final."""
-    found = np.full(len(record), record.exits - 1, np.int64)
-    for k in reversed(range(record.exits - 1)):
-        limit: Any = thresholds[k]
-        if class_offsets is not None:
-            limit = limit + _offsets_of(class_offsets[k], record.predicted[:, k])
-        found[record.confidence[:, k] >= limit] = k
-    return found
+    if class_offsets is None:
+        return leaves_at(record.confidence, thresholds)
+    limits = [
+        limit + _offsets_of(offsets, record.predicted[:, k])
+        for k, (limit, offsets) in enumerate(zip(thresholds, class_offsets, strict=True))
+    ]
+    return leaves_at(record.confidence, limits)
 
 
 def _offsets_of(offsets: Floats, answers: NDArray[Any]) -> Floats:

@@ -75,6 +75,11 @@ class Method:
     rule: Callable[[Family, Record, Record, Goal], int | None]
     promise: str = PROBABLY
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether the rule is the sequence of tests of edgeexit.certify."""
+        return self.rule is _fixed_sequence
+
 
 def fixed(thresholds: Sequence[float]) -> Method:
     """The method that tests one list of *thresholds* (E - 1), inf for a dropped exit."""

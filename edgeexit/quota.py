@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeexit.decision import leaves_at
 from edgeexit.errors import UsageError
-from edgeexit.search import leaves_at
 
 Floats = NDArray[np.float64]
 

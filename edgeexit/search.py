@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.decision import Bools, Costs, Floats, Ints, Record
+from edgeexit.decision import Bools, Costs, Floats, Ints, Record, leaves_at
 
 Scores = NDArray[np.float32] | NDArray[np.float64]
 
@@ -28,18 +28,6 @@ _PASSES = 5
 _PRICES = 24
 # Shared thresholds that are tried as a start.
 _SHARED = 40
-
-
-def leaves_at(confidence: Scores, thresholds: Sequence[float]) -> NDArray[np.int64]:
-    """
-    The exit each sample leaves at, int64 (N,): the first whose threshold it reaches.
-
-    confidence is float32 (N, M) or wider; with M thresholds the exits are 0 .. M.
-    """
-    leaves = np.full(len(confidence), len(thresholds), np.int64)
-    for k in reversed(range(len(thresholds))):
-        leaves[confidence[:, k] >= thresholds[k]] = k
-    return leaves
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ too long all the same is read off the profile's single calls.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,10 @@ class Target:
 
     def __post_init__(self) -> None:
         choose(self.minimize, OBJECTIVES, "objective")
+        for field in fields(self):  # whatever kind of float was given, JSON can hold it
+            value = getattr(self, field.name)
+            if isinstance(value, np.floating):
+                object.__setattr__(self, field.name, float(value))
         if self.max_accuracy_drop is not None:
             bounds.check_rate(self.max_accuracy_drop)
             if self.max_accuracy_drop < _LEAST_DROP:

@@ -195,8 +195,8 @@ def judge_worth(
     profile's exits, only at *kept* ones. *accuracy*, *full* and *statics* (the early exits whose
     answers alone are within the budget) are (right, of) on the same samples. Early exit pays if
     the low end of the 95 % interval of the speed-up (or with *by* "mj" of the saving in joules,
-    at a rate those of a frame) over each rival within the budget is above 1.03. UsageError for rates or a rival that do not
-    fit, or joules that the profile does not tell.
+    at a rate those of a frame) over each rival within the budget is above 1.03. UsageError for
+    rates or a rival that do not fit, or joules that the profile does not tell.
     """
     rates = np.asarray(policy_rates, np.float64)
     _check(rates, kept, profile, rival, rate_hz, by)

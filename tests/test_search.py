@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgeexit.decision import Costs, Policy, Record, leaves
-from edgeexit.search import Found, Problem, by_content, leaves_at, midway
+from edgeexit.decision import Costs, Policy, Record, leaves, leaves_at
+from edgeexit.search import Found, Problem, by_content, midway
 
 SMALL = st.tuples(
     st.integers(1, 12), st.integers(1, 3), st.sampled_from([0, 3]), st.integers(0, 10**6)

@@ -7,12 +7,12 @@ from small import DIGEST, EXITS, made_energy, made_profile, made_record, record_
 
 from edgeexit import tune
 from edgeexit.cli import entry
+from edgeexit.decision import leaves_at
 from edgeexit.errors import BadFile, Disturbed, OutOfReach, UsageError
 from edgeexit.ledger import Entry
 from edgeexit.overlap import Bloom
 from edgeexit.policy import DROPPED, Confidence, Policy
 from edgeexit.request import Request, check_inputs, check_verdict
-from edgeexit.search import leaves_at
 from edgeexit.state import Reading
 from edgeexit.targets import quantile_ns
 
