@@ -48,11 +48,13 @@ def _early_exit(found: Mapping[str, Any]) -> list[list[str]]:
     )
     expected = " / ".join(f"{rate:.1%}" for rate in found["exit_rates_expected"])
     before, after = found["expected_us"]
+    shares = " and ".join(f"{share:.1%}" for share in found["expected_share"])
     rows.append(
         [
-            f"expected by tune, from profiles before and after the runs: leaving {expected}",
+            f"expected by tune, from profiles before and after the runs: leaving {expected}, and "
+            f"{shares} of the time without exits",
             f"{before:.1f} and {after:.1f}",
-            f"run over expected: {_spread(found['run_over_expected'])}",
+            f"share taken over share expected: {_spread(found['share_over_expected'], 3)}",
         ]
     )
     return rows
