@@ -360,23 +360,21 @@ def _chart(
     title: str,
     advice: "Advice | None",
 ) -> "Chart":
-    import numpy as np
-
     from edgeexit import plot, ranking, tune
     from edgeexit.decision import Costs
-    from edgeexit.request import CERTIFICATE, TUNING
+    from edgeexit.request import CERTIFICATE
 
     times = found.costs_ns
     real = None
     if reference is not None:
-        rows = np.flatnonzero(np.isin(reference.splits, (TUNING, CERTIFICATE)))
+        rows = reference.rows(CERTIFICATE)
         view = tune.seen_through(reference, found.policy.measure, rows)
         real = ranking.rankings(
             view.confidence, view.correct, reference.exits, measure=found.policy.measure
         )
     return plot.chart(
         found.family,
-        found.tuning.joined(found.certificate),
+        found.certificate,
         record.exits,
         ms=Costs(*(part / 1e6 for part in (times.backbone, times.head, times.handover))),
         mj=found.costs_mj,
