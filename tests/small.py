@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tiny import tiny_model
@@ -249,9 +250,9 @@ def made_energy(
     return Energy(info=info, trace=Trace.of(samples), windows=tuple(windows))
 
 
-def made_policy(**more: object) -> Policy:
+def made_policy(**more: Any) -> Policy:
     """What tune chooses from the made record and profile."""
     from edgeexit.tune import Request, Target, tune
 
-    record = made_record(**more)  # type: ignore[arg-type]
+    record = made_record(**more)
     return tune(record, made_profile(), Request(target=Target(max_accuracy_drop=0.01))).policy

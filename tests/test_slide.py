@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,9 +62,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return make_bundle(tmp_path_factory.mktemp("bundle"))
 
 
-def slider_on(bundle: Bundle, text: str, **options: object) -> Slider:
+def slider_on(bundle: Bundle, text: str, **options: Any) -> Slider:
     runner = Runner(bundle, policy_on(digest=bundle.digest))
-    return Slider(runner, parse_slide(text), **options)  # type: ignore[arg-type]
+    return Slider(runner, parse_slide(text), **options)
 
 
 limits = st.sampled_from([ALWAYS, 0.1, 0.3, 0.5, 0.7, 0.9, INF])

@@ -13,7 +13,7 @@ sized for two cores. Killed, it goes on where it was.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from cifar import DATA, LISTED, Cifar
 from seeds import kinds
 from seeds.curves import Curve, band, common_costs
 from seeds.page import figure, grid, spread, verdicts
-from seeds.steps import Step, Table, command, main
+from seeds.steps import Step, Table, command, main, of_settings
 
 NAME = "seeds-everything"
 PAPER = "Nascimento et al., 2506.04513"
@@ -409,12 +409,6 @@ def draw(found: Mapping[str, Any], folder: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _made(full: bool, seeds: int | None, data: Path | None) -> Table:
-    setting = FULL if full else SMALL
-    if seeds is not None:
-        setting = replace(setting, seeds=seeds)
-    return table(setting, name=f"{NAME}-full" if full else NAME, data=data or DATA)
-
-
 if __name__ == "__main__":
-    sys.exit(main(command(__doc__ or "", "bench/seeds/everything.py", _made)))
+    make = of_settings(table, NAME, SMALL, FULL)
+    sys.exit(main(command(__doc__ or "", "bench/seeds/everything.py", make)))

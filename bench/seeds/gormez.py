@@ -24,7 +24,7 @@ from cifar import DATA, LISTED, Cifar
 from seeds import kinds
 from seeds.curves import Band, Curve, band, common_costs, crossings, saving, sweep
 from seeds.page import figure, grid, spread, verdicts
-from seeds.steps import Step, Table, command, main
+from seeds.steps import Step, Table, command, main, of_settings
 
 NAME = "seeds-gormez"
 PAPER = "Görmez & Koyuncu, 2207.03644"
@@ -514,14 +514,6 @@ def draw(found: Mapping[str, Any], folder: Path) -> None:
 # ---------------------------------------------------------------- the command
 
 
-def _made(full: bool, seeds: int | None, data: Path | None) -> Table:
-    from dataclasses import replace
-
-    setting = FULL if full else SMALL
-    if seeds is not None:
-        setting = replace(setting, seeds=seeds)
-    return table(setting, name=f"{NAME}-full" if full else NAME, data=data or DATA)
-
-
 if __name__ == "__main__":
-    sys.exit(main(command(__doc__ or "", "bench/seeds/gormez.py", _made)))
+    make = of_settings(table, NAME, SMALL, FULL)
+    sys.exit(main(command(__doc__ or "", "bench/seeds/gormez.py", make)))

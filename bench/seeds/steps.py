@@ -11,7 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -240,9 +240,24 @@ def _clock(seconds: float) -> str:
 # ---------------------------------------------------------------- the command
 
 
-def command(
-    doc: str, script: str, make: Callable[[bool, int | None, Path | None], Table]
-) -> click.Command:
+# (--full, --seeds, --data) -> what is to be done
+Make = Callable[[bool, int | None, Path | None], Table]
+
+
+def of_settings(table: Callable[..., Table], name: str, small: Any, full: Any) -> Make:
+    """*table* with the setting *full* at --full and *small* else, dataclasses with seeds."""
+
+    def make(is_full: bool, seeds: int | None, data: Path | None) -> Table:
+        setting = full if is_full else small
+        if seeds is not None:
+            setting = replace(setting, seeds=seeds)
+        more = {} if data is None else {"data": data}
+        return table(setting, name=f"{name}-full" if is_full else name, **more)
+
+    return make
+
+
+def command(doc: str, script: str, make: Make) -> click.Command:
     """
     The command of a paper's table. *make* gets --full, --seeds and --data, and returns the table.
     """
