@@ -248,6 +248,13 @@ def test_the_list_says_what_is_done_and_how_long_the_rest_takes(tmp_path: Path) 
     assert lines[-1].startswith("1 steps done, 2 left: about 10 min")
 
 
+def test_timing_comes_last_and_can_be_left_for_later(tmp_path: Path) -> None:
+    table = plain_table(plain("a"), plain("a-timed", needs=("a",), is_timing=True), plain("b"))
+    assert list(steps.run_steps(table, tmp_path, is_timed=False)) == ["a", "b"]
+    assert not (tmp_path / "a-timed").exists()
+    assert list(steps.run_table(table, tmp_path)["results"]) == ["a", "b", "a-timed"]
+
+
 def test_the_clock_goes_on_after_an_interruption(tmp_path: Path) -> None:
     step = plain("a")
     (tmp_path / "a").mkdir()

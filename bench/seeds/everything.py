@@ -214,7 +214,7 @@ def _seed_steps(setting: Setting, start: Step, seed: int) -> list[Step]:
                 noise=setting.noise,
                 blur=setting.blur,
             ),
-            kinds.int8_step(f"{name}-int8", name, pictures=tested, time_cap_s=setting.time_cap_s),
+            *kinds.int8_steps(name, pictures=tested, time_cap_s=setting.time_cap_s),
         ]
     return steps
 
@@ -246,7 +246,7 @@ def figures(setting: Setting, results: Mapping[str, Any]) -> dict[str, Any]:
             ],
             "parameters": [one["parameters"] for one in answers],
             "robust": [results[f"{seed}/{name}-robust"] for seed in seeds],
-            "int8": [results[f"{seed}/{name}-int8"] for seed in seeds],
+            "int8": [kinds.int8_of(results, f"{seed}/{name}") for seed in seeds],
             "children": [[row.get("child") for row in one["history"]] for one in pruned],
         }
     paths = {

@@ -209,14 +209,7 @@ def _seed_steps(setting: Setting, seed: int) -> list[Step]:
             kinds.answers_step(f"{seed}/{made}-answers", f"{seed}/{made}", net, pictures=tested)
         )
     for made in ("s1-dense", "s1-filters", "s2-filters"):
-        steps.append(
-            kinds.int8_step(
-                f"{seed}/{made}-int8",
-                f"{seed}/{made}",
-                pictures=tested,
-                time_cap_s=setting.time_cap_s,
-            )
-        )
+        steps += kinds.int8_steps(f"{seed}/{made}", pictures=tested, time_cap_s=setting.time_cap_s)
     each, times = setting.criterion_epochs, setting.criterion_steps
     for kind, names, plan in (
         ("weights", WEIGHT_CRITERIA, {**zeros, "steps": times}),
@@ -264,7 +257,7 @@ def figures(setting: Setting, results: Mapping[str, Any], work: Path) -> dict[st
         "parameters": answers["dense"][0]["parameters"],
         **compared(curves),
         "int8": {
-            made: [results[f"{seed}/{step}-int8"] for seed in seeds]
+            made: [kinds.int8_of(results, f"{seed}/{step}") for seed in seeds]
             for made, step in (("dense", "s1-dense"), ("s1", "s1-filters"), ("s2", "s2-filters"))
         },
         "filters_macs": {

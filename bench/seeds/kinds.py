@@ -2,7 +2,7 @@
 The kinds of steps that papers' tables are made of, each a short call of edgeexit's own functions.
 
 Callers see data_step, start_step, pretrained_step, train_step, prune_step, answers_step,
-robustness_step and int8_step, and answers_of, which reads what the answers were. Trainings and
+robustness_step and int8_steps, and answers_of and int8_of, which read what came out. Trainings and
 prunings keep their own state files, so a killed one loses an epoch at most. Nothing here knows a
 paper.
 """
@@ -26,6 +26,7 @@ from edgeexit.samples import Samples
 
 INPUT_SHAPE = (1, 3, SIDE, SIDE)
 BATCH = 250
+BUNDLE = "model.edgeexit"
 # What a sample costs beside its forward: the backward in a training, nothing in a test.
 FORWARD = 1 / 3
 
@@ -485,26 +486,38 @@ def _blurred(pixels: Any, deviation: float) -> Any:
 # ---------------------------------------------------------------- int8
 
 
-def int8_step(name: str, source: str, *, pictures: int, time_cap_s: float) -> Step:
+def int8_step(name: str, source: str, *, pictures: int) -> Step:
     """
-    Convert the network of the step *source*, and time every exit with the instrument.
-
-    Accuracies are those of the int8 network on the test pictures.
+    Convert the network of the step *source*; its accuracies as int8 on the test pictures.
     """
 
     def run(job: Job) -> dict[str, Any]:
-        from edgeexit.collect import Limits
         from edgeexit.evaluate import record
         from edgeexit.host.convert import convert
-        from edgeexit.instrument import measure
 
         test = _samples(job.of("data") / "test.npz")
-        target = job.folder / "model.edgeexit"
+        target = job.folder / BUNDLE
         ranges = job.of("data") / "ranges.npz"
         bundle = convert(job.of(source) / "model.pt", target, ranges)
         job.tell("converted")
-        found = record(bundle, [test], on_step=lambda _: job.tell())
-        right = found.correct()
+        right = record(bundle, [test], on_step=lambda _: job.tell()).correct()
+        return {
+            "accuracy": [class_mean(right[:, k], test.labels) for k in range(right.shape[1])],
+            "bytes": (target / "model.tflite").stat().st_size,
+        }
+
+    return Step(name=name, needs=("data", source), extra_s=60.0 + 0.003 * pictures, run=run)
+
+
+def timed_step(name: str, source: str, *, time_cap_s: float) -> Step:
+    """Time every exit of the int8 network of the step *source* with the instrument."""
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.bundle import load_bundle
+        from edgeexit.collect import Limits
+        from edgeexit.instrument import measure
+
+        bundle = load_bundle(job.of(source) / BUNDLE)
         notebook = job.folder / "notebook.jsonl"
         profile = measure(
             bundle,
@@ -521,8 +534,6 @@ def int8_step(name: str, source: str, *, pictures: int, time_cap_s: float) -> St
         if len(latencies) != len(cases):
             raise UsageError(f"{name}: an exit was not measured")
         return {
-            "accuracy": [class_mean(right[:, k], test.labels) for k in range(right.shape[1])],
-            "bytes": (target / "model.tflite").stat().st_size,
             "measured": {
                 "ms": [one.value / 1e6 for one in latencies],
                 "ms_low": [one.low / 1e6 for one in latencies],
@@ -534,11 +545,25 @@ def int8_step(name: str, source: str, *, pictures: int, time_cap_s: float) -> St
 
     return Step(
         name=name,
-        needs=("data", source),
+        needs=(source,),
         task={"time_cap_s": time_cap_s},
-        extra_s=60.0 + time_cap_s + 0.003 * pictures,
+        extra_s=20.0 + time_cap_s,
+        is_timing=True,
         run=run,
     )
+
+
+def int8_steps(source: str, *, pictures: int, time_cap_s: float) -> list[Step]:
+    """The network of the step *source* as int8, and timed."""
+    return [
+        int8_step(f"{source}-int8", source, pictures=pictures),
+        timed_step(f"{source}-timed", f"{source}-int8", time_cap_s=time_cap_s),
+    ]
+
+
+def int8_of(results: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What came out of the int8_steps of *source*."""
+    return {**results[f"{source}-int8"], **results[f"{source}-timed"]}
 
 
 def as_curve_costs(result: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -1,9 +1,10 @@
 """
 A table as a list of steps: what each is, running what is left, and listing it.
 
-Callers see Step, Job, Table and run_table. A step has a folder of its own below the work folder,
-with what it makes and a `step.json` that says what it was made of and what came out. That file is
-written last: a step without it is run again, and goes on where edgeexit's own state files say.
+Callers see Step, Job, Table, run_steps and run_table. A step has a folder of its own below the work
+folder, with what it makes and a `step.json` that says what it was made of and what came out. That
+file is written last: a step without it is run again, and goes on where edgeexit's own state files
+say.
 A step whose task, or whatever it needs, has changed is refused, never silently mixed in.
 """
 
@@ -88,8 +89,9 @@ class Step:
 
     *task* holds, as plain values, everything besides these that the result depends on. *gmacs*
     and *extra_s* say how long it takes: forward MACs in billions, and seconds that do not depend
-    on the machine's speed. *run* returns the result as plain values; what it says under
-    "measured" need not agree between two runs.
+    on the machine's speed. What *is_timing* wants the machine for itself: it comes after all
+    others, and no other step needs it. *run* returns the result as plain values; what it says
+    under "measured" need not agree between two runs.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Step:
     task: Mapping[str, Any] = field(default_factory=dict)
     gmacs: float = 0.0
     extra_s: float = 1.0
+    is_timing: bool = False
     run: Callable[[Job], dict[str, Any]]
 
 
@@ -112,6 +115,9 @@ class Table:
     facts: Mapping[str, Any]
     steps: Sequence[Step]
     figures: Callable[[Mapping[str, Any], Path], dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", sorted(self.steps, key=lambda step: step.is_timing))
 
 
 def lasting(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,21 +181,30 @@ def _run(step: Step, work: Path, done: Mapping[str, Mapping[str, Any]]) -> dict[
     return document
 
 
-def run_table(table: Table, work: Path) -> dict[str, Any]:
+def run_steps(table: Table, work: Path, *, is_timed: bool = True) -> dict[str, dict[str, Any]]:
     """
-    Run what is left of *table* in the folder *work*, and return its document.
+    Run what is left of *table* in the folder *work*; the documents of its steps by name.
 
-    Busy if another process is at it; BadFile if a step there was made by another plan; else what
-    the steps raise. An interrupted run goes on when it is called again.
+    Not *is_timed*, the steps that time something are left for another call. Busy if another
+    process is at it; BadFile if a step there was made by another plan; else what the steps raise.
+    An interrupted run goes on when it is called again.
     """
     done: dict[str, dict[str, Any]] = {}
     with hold(work / ".lock", f"the steps in {work.name}"):
         for number, step in enumerate(table.steps, start=1):
+            if step.is_timing and not is_timed:
+                continue
             found = _finished(step, work, done)
             if found is None:
                 click.echo(f"{number}/{len(table.steps)} {step.name}", err=True)
                 found = _run(step, work, done)
             done[step.name] = found
+    return done
+
+
+def run_table(table: Table, work: Path) -> dict[str, Any]:
+    """Run what is left of *table* as run_steps does, and return its document."""
+    done = run_steps(table, work)
     results = {name: document["result"] for name, document in done.items()}
     return {
         **table.facts,
@@ -268,16 +283,26 @@ def command(doc: str, script: str, make: Make) -> click.Command:
     @click.command(help=told, context_settings={"help_option_names": ["-h", "--help"]})
     @click.option("--full", is_flag=True, help="the paper's schedule: --steps says how long")
     @click.option("--steps", is_flag=True, help="only list what is done and what is left")
+    @click.option("--later", is_flag=True, help="leave the timing for a call on a quiet machine")
     @click.option("--seeds", type=click.IntRange(1, 100), help="how many seeds")
     @click.option("--data", type=click.Path(path_type=Path), help="folder of cifar10/ and its list")
     @click.option("--work", type=click.Path(path_type=Path), help=f"default {RUNS}/NAME")
     def called(
-        full: bool, steps: bool, seeds: int | None, data: Path | None, work: Path | None
+        full: bool,
+        steps: bool,
+        later: bool,
+        seeds: int | None,
+        data: Path | None,
+        work: Path | None,
     ) -> None:
         table = make(full, seeds, data)
         folder = work or RUNS / table.name
         if steps:
             click.echo(listing(table, folder))
+            return
+        if later:
+            run_steps(table, folder, is_timed=False)
+            click.echo(f"all but the timing is done: python {script} on a quiet machine ends it")
             return
         document = run_table(table, folder)
         said = " ".join(["python", script, *(["--full"] if full else [])])
