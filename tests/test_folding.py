@@ -19,6 +19,7 @@ from edgeexit.host.folding import (  # noqa: E402
     Fold,
     examine,
     fold,
+    fold_linear,
     foldable,
     linearise,
     replay_fold,
@@ -359,6 +360,32 @@ def test_replay_through_a_surgery_list_gives_the_shapes() -> None:
     assert analyse(again, (1, 2, 7, 7)).macs() == pair.macs_after
     with pytest.raises(BadFile, match="surgery"):
         replay(body(), [{"fold": ["body.3", "body.0"]}], "surgery")
+
+
+def test_what_has_become_linear_is_folded_only_where_that_saves() -> None:
+    """Always on: the 1x1 pair costs less as one layer, two 3x3 would cost more as one 5x5."""
+    layers = [nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1), nn.ReLU()]
+    model = stirred(Averaged(*layers, nn.Conv2d(2, 2, 3)))
+    model.float()
+    for place in (0, 2):
+        model.body[place].bias.data.fill_(100.0)
+    x = torch.rand(4, 2, 16, 16)
+    before, macs = model(x), analyse(model, (1, 2, 16, 16)).macs()
+    batches = [(x, torch.zeros(4, dtype=torch.int64))]
+
+    folded, entries, done = fold_linear(model, (1, 2, 16, 16), batches, 0.0)
+
+    assert done == {"folded": [["body.0", "body.2"]], "linear_but_kept": 1}
+    assert entries == [{"linear": "body.1"}, {"fold": ["body.0", "body.2"]}]
+    assert analyse(folded, (1, 2, 16, 16)).macs() < macs
+    assert isinstance(folded.body[3], nn.ReLU)
+    assert_same(before, folded(x), 1e-4)
+    assert isinstance(model.body[1], nn.ReLU), "the network itself stays"
+    model.body[0].bias.data.zero_()
+    model.body[2].bias.data.zero_()
+    same, none, done = fold_linear(model, (1, 2, 16, 16), batches, 0.0)
+    assert same is model
+    assert (none, done["folded"]) == ([], [])
 
 
 def test_only_activations_are_linearised() -> None:

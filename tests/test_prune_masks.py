@@ -130,7 +130,7 @@ def test_pools_are_the_backbone_and_the_early_exits_heads(graph: Graph) -> None:
 
 @laws
 @given(
-    st.sampled_from(["uniform", "erk", "er", "global", "egp"]),
+    st.sampled_from(["uniform", "erk", "er", "global", "egp", "nepenthe"]),
     st.floats(0, 0.95),
     st.integers(0, 99),
 )

@@ -1,12 +1,13 @@
 """
 Merging layers that stand in a row without an activation between them, exactly.
 
-Callers see foldable (which pairs), examine (one pair, or why not), fold, linearise and
-replay_fold. A fold is made only if it changes no answer, borders included, and costs no more
-multiplications; batch norms between the two go into it. Hidden here: one forward is watched
-call by call to see who reads what, and the kernel algebra runs in float64.
+Callers see foldable (which pairs), examine (one pair, or why not), fold, linearise, fold_linear
+(both, wherever that saves) and replay_fold. A fold is made only if it changes no answer, borders
+included, and costs no more multiplications; batch norms between the two go into it. Hidden here:
+one forward is watched call by call to see who reads what, and the kernel algebra runs in float64.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from edgeexit.errors import Unsupported, UsageError
-from edgeexit.host.graph import Graph
+from edgeexit.host.graph import Graph, analyse
 from edgeexit.host.prune.evidence import evaluating
-from edgeexit.host.prune.states import ACTIVATION_MODULES
+from edgeexit.host.prune.states import (
+    ACTIVATION_MODULES,
+    Batches,
+    dead_units,
+    linearisable,
+    silence,
+)
 from edgeexit.names import unknown
 
 Entry = dict[str, Any]
@@ -385,3 +392,34 @@ def linearise(model: nn.Module, name: str) -> Entry:
         raise UsageError(f"{name!r} is a {type(modules[name]).__name__}, expected an activation")
     _replace(model, name, nn.Identity())
     return {"linear": name}
+
+
+def fold_linear(
+    model: nn.Module, input_shape: Sequence[int], batches: Batches, tolerance: float
+) -> tuple[nn.Module, list[Entry], dict[str, Any]]:
+    """
+    Take out activations in (nearly) one state where two layers then become one of fewer MACs.
+
+    *tolerance* in bits of mean state entropy over *batches*. An activation alone costs nothing on
+    a board: without a fold that saves it stays. Returns the network (a copy, if anything was
+    folded), what replays it, and {"folded": pairs of layers, "linear_but_kept": how many
+    activations could have gone without a gain}.
+    """
+    entries: list[Entry] = []
+    folded: list[list[str]] = []
+    graph, kept = analyse(model, input_shape), 0
+    for name in linearisable(model, graph, batches, tolerance):
+        tried = copy.deepcopy(model)
+        # What is never on would pass its negative values through an identity.
+        silence(tried, graph, dead_units(tried, graph, batches))
+        entry = linearise(tried, name)
+        linear = analyse(tried, input_shape)
+        pairs = foldable(tried, linear, input_shape)
+        saving = [pair for pair in pairs if pair.macs_after < pair.macs_before]
+        if not saving:
+            kept += 1
+            continue
+        entries += [entry, fold(tried, saving[0])]
+        folded.append([saving[0].first, saving[0].second])
+        model, graph = tried, analyse(tried, input_shape)
+    return model, entries, {"folded": folded, "linear_but_kept": kept}

@@ -1,9 +1,9 @@
 """
 How many units go from where: a share of the whole turned into a number per group.
 
-Callers see Bill, removable and ALLOCATORS. An allocator says how many, never which: of each bill
-the units with the lowest scores go. A bill may stand for a group of channels or for a weight
-tensor, whose units are its single weights. Every allocator but "latency" removes exactly
+Callers see Bill, removable, ALLOCATORS and ESTIMATOR_OF. An allocator says how many, never which:
+of each bill the units with the lowest scores go. A bill may stand for a group of channels or for a
+weight tensor, whose units are its single weights. Every allocator but "latency" removes exactly
 round(share * all units), so that different ones can be compared at equal numbers; "latency"
 saves a share of the milliseconds. Results depend neither on the order of the bills nor on chance.
 """
@@ -253,8 +253,11 @@ ALLOCATORS: dict[str, Allocator] = {
     "er": lambda bills, share: erk(bills, share, kernels=False),
     "global": global_ranking,
     "egp": egp,
+    "nepenthe": egp,
     "latency": latency,
 }
+# Those that look at the layers' relevance, and how its state entropy is estimated.
+ESTIMATOR_OF = {"egp": "egp", "nepenthe": "nepenthe"}
 
 
 # ---------------------------------------------------------------- shared

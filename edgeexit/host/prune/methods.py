@@ -48,12 +48,12 @@ METHODS: dict[str, Composition] = {
     "cka-blocks": Composition(block_criterion="cka", selector="blocks"),
     # Liao et al., NEPENTHE (arXiv 2404.16890), and EGP (2308.06619), with filters for weights.
     "nepenthe": Composition(
-        criterion="state-entropy", allocator="egp", steps=3, linearise=True, coupled=False
+        criterion="state-entropy", allocator="nepenthe", steps=3, linearise=True, coupled=False
     ),
     # The same papers as they stand: single weights, half of what is left in each iteration.
     "nepenthe-weights": Composition(
         criterion="magnitude",
-        allocator="egp",
+        allocator="nepenthe",
         steps=3,
         target=Target(what="weights", share=0.5**3),
     ),

@@ -25,7 +25,7 @@ from edgeexit.host.latency_table import LatencyTable, measure_table
 from edgeexit.host.material import Material
 from edgeexit.host.model import exit_outputs
 from edgeexit.host.prune import states
-from edgeexit.host.prune.allocators import ALLOCATORS, Bill, largest_share
+from edgeexit.host.prune.allocators import ALLOCATORS, ESTIMATOR_OF, Bill, largest_share
 from edgeexit.host.prune.composition import Composition
 from edgeexit.host.prune.criteria import CRITERIA
 from edgeexit.host.prune.evidence import EntryScores, Evidence
@@ -210,8 +210,8 @@ class Removal:
     def _bills(self, names: Sequence[str], scores: Mapping[str, NDArray[Any]]) -> list[Bill]:
         caps = effective_rank(self.evidence()) if self.plan.rank_cap else {}
         relevance: Mapping[str, float] = {}
-        if self.plan.allocator == "egp":
-            relevance = states.relevance(self.model, self.graph, self.evidence().batches)
+        if self.plan.allocator in ESTIMATOR_OF:
+            relevance = self._relevance(self.evidence())
         bills = []
         for name in names:
             group = self.graph.groups[name]
@@ -236,6 +236,11 @@ class Removal:
                 )
             )
         return bills
+
+    def _relevance(self, evidence: Evidence) -> dict[str, float]:
+        """What the allocator weighs layers by; only for those of ESTIMATOR_OF."""
+        estimator = ESTIMATOR_OF[self.plan.allocator]
+        return states.relevance(self.model, self.graph, evidence.batches, estimator)
 
     def _weights_per_unit(self, name: str) -> float:
         group = self.graph.groups[name]
@@ -440,8 +445,8 @@ class Removal:
             if name.removesuffix(".weight") not in self.plan.protect
         ]
         evidence, relevance = self.evidence(), None
-        if self.plan.allocator == "egp":
-            found = states.relevance(self.model, self.graph, evidence.batches)
+        if self.plan.allocator in ESTIMATOR_OF:
+            found = self._relevance(evidence)
             relevance = {f"{layer}.weight": value for layer, value in found.items()}
             names = [name for name in names if name in relevance]
         masks = self.used(names)
@@ -468,30 +473,9 @@ class Removal:
         return {"weights_gone": masks.gone, "compressed_bytes": compressed_bytes(self.model)}
 
     def _linearise(self) -> dict[str, Any]:
-        """
-        Take out activations in (nearly) one state where that lets two layers become one.
-
-        An activation alone costs nothing on a board: without a fold that lowers the MACs it
-        stays, and the row says how many were left.
-        """
-        batches = self.evidence().batches
-        folded: list[list[str]] = []
-        left = 0
-        for name in states.linearisable(self.model, self.graph, batches, LINEAR_BITS):
-            model = copy.deepcopy(self.model)
-            # What is never on would pass its negative values through an identity.
-            states.silence(model, self.graph, states.dead_units(model, self.graph, batches))
-            entries = [folding.linearise(model, name)]
-            graph = analyse(model, self.input_shape)
-            new = [
-                pair
-                for pair in folding.foldable(model, graph, self.input_shape)
-                if pair.macs_after < pair.macs_before
-            ]
-            if not new:
-                left += 1
-                continue
-            entries.append(folding.fold(model, new[0]))
-            folded.append([new[0].first, new[0].second])
+        model, entries, done = folding.fold_linear(
+            self.model, self.input_shape, self.evidence().batches, LINEAR_BITS
+        )
+        if entries:
             self._accept(model, entries)
-        return {"folded": folded, "linear_but_kept": left}
+        return done
