@@ -28,7 +28,7 @@ from edgeexit.host.prune.evidence import Criterion, Evidence  # noqa: E402
 from edgeexit.host.prune.methods import METHODS  # noqa: E402
 from edgeexit.host.prune.phase import magnitudes  # noqa: E402
 from edgeexit.host.prune.phases import PHASES  # noqa: E402
-from edgeexit.host.prune.selectors import SELECTORS, filters_of  # noqa: E402
+from edgeexit.host.prune.selectors import SELECTORS, Child, filters_of  # noqa: E402
 from edgeexit.host.prune.similarity import all_features, cka  # noqa: E402
 from edgeexit.host.recipe import TrainingPart  # noqa: E402
 from tests import prune_nets  # noqa: E402
@@ -327,7 +327,9 @@ def test_everything_keeps_the_child_that_is_more_like_its_parent(
     chosen = SELECTORS["everything"].choose
     other = replace(SELECTORS["everything"])
     object.__setattr__(
-        other, "choose", lambda children: next(c for c in children if c is not chosen(children))
+        other,
+        "choose",
+        lambda children, seed: next(c for c in children if c is not chosen(children, seed)),
     )
     monkeypatch.setitem(SELECTORS, "everything", other)
     plan = replace(METHODS["everything"], **SMALL, target=Target(what="macs", share=0.99))
@@ -344,6 +346,22 @@ def test_everything_keeps_the_child_that_is_more_like_its_parent(
         after = all_features(model, graph, held)
         similar.append(np.mean([cka(before[name], after[name]) for name in before]))
     assert similar[0] > similar[1] + 0.02
+
+
+def test_a_coin_keeps_what_cka_would_not_at_equal_filters(runs: Runs) -> None:
+    """The control of the choice: the same two children at every step, similarities told."""
+    kept = set()
+    for seed in range(3):
+        plan = {"selector": "random-child", "target": Target(what="macs", share=0.8)}
+        rows = runs("everything", replace(PART, epochs=0, seed=seed), **plan).rows
+        coin = SELECTORS["random-child"]
+        for step, row in enumerate(rows):
+            children = [Child(kind=kind, similarity=0.0) for kind in row["similarity"]]
+            assert row["child"] == coin.choose(children, [seed, 3, 0, step]).kind
+            assert {"blocks": "block", "filters": "filters"}[row["child"]] in row
+            likest = max(row["similarity"], key=lambda kind: row["similarity"][kind])
+            kept.add(row["child"] == likest)
+    assert kept == {True, False}
 
 
 def test_the_block_that_the_exits_would_miss_least_goes(
@@ -686,17 +704,30 @@ def test_at_equal_numbers_per_layer_criteria_beat_chance(
 
 
 @pytest.mark.parametrize(
-    ("name", "action", "number"),
+    ("name", "changes", "action", "number"),
     [
-        ("gormez-ordered", "fine-tune", 50),
-        ("polarization", "phase", 20),
-        ("everything", "fine-tune", 18),
+        ("gormez-ordered", {}, "fine-tune", 50),
+        ("polarization", {}, "phase", 20),
+        ("everything", {}, "fine-tune", 18),
+        (
+            "everything",
+            {"selector": "random-child", "target": Target(what="macs", share=0.3)},
+            "fine-tune",
+            18,
+        ),
     ],
 )
 def test_an_interrupted_pruning_goes_on_to_the_same_bytes(
-    name: str, action: str, number: int, dense: Path, samples: Path, tmp_path: Path, runs: Runs
+    name: str,
+    changes: dict[str, Any],
+    action: str,
+    number: int,
+    dense: Path,
+    samples: Path,
+    tmp_path: Path,
+    runs: Runs,
 ) -> None:
-    whole = runs(name).result.path.read_bytes()
+    whole = runs(name, **changes).result.path.read_bytes()
     count = 0
 
     def stop(progress: Progress) -> None:
@@ -705,7 +736,7 @@ def test_an_interrupted_pruning_goes_on_to_the_same_bytes(
         if count == number:
             raise KeyboardInterrupt
 
-    plan = replace(METHODS[name], **{**SMALL, **CHANGES.get(name, {})})
+    plan = replace(METHODS[name], **{**SMALL, **CHANGES.get(name, {}), **changes})
     recipe, out = prune_nets.recipe(samples, plan), tmp_path / "out.pt"
     with pytest.raises(KeyboardInterrupt):
         prune(dense, recipe, out, on_step=stop)

@@ -1,5 +1,7 @@
 """Selectors: children are compared at equal filters (or milliseconds) removed, never about so."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,14 +84,28 @@ def test_the_child_more_similar_to_its_parent_lives_on(blocks, filters, kept) ->
         Child(kind="blocks", similarity=blocks),
     ]
 
-    assert SELECTORS["everything"].choose(children).kind == kept
+    assert SELECTORS["everything"].choose(children, [0]).kind == kept
 
 
 def test_of_equally_similar_children_the_shallower_one_lives_on() -> None:
     children = [Child(kind="filters", similarity=0.7), Child(kind="blocks", similarity=0.7)]
 
-    assert SELECTORS["everything"].choose(children).kind == "blocks"
-    assert SELECTORS["everything"].choose(children[::-1]).kind == "blocks"
+    assert SELECTORS["everything"].choose(children, [0]).kind == "blocks"
+    assert SELECTORS["everything"].choose(children[::-1], [0]).kind == "blocks"
+
+
+def test_a_coin_looks_at_the_seed_and_at_nothing_else() -> None:
+    coin = SELECTORS["random-child"]
+    alike = [Child(kind="blocks", similarity=0.9), Child(kind="filters", similarity=0.1)]
+    other = [Child(kind="filters", similarity=0.9), Child(kind="blocks", similarity=0.1)]
+    kept = [coin.choose(alike, [7, 3, 0, step]).kind for step in range(400)]
+
+    assert kept == [coin.choose(other, [7, 3, 0, step]).kind for step in range(400)]
+    assert kept != [coin.choose(alike, [8, 3, 0, step]).kind for step in range(400)]
+    # Five standard deviations of a fair coin; and no run gets stuck on one side of it.
+    assert 150 <= kept.count("blocks") <= 250
+    assert 150 <= sum(one != two for one, two in itertools.pairwise(kept)) <= 250
+    assert coin.choose(alike[1:], [0]).kind == "filters"
 
 
 def test_a_selector_of_one_kind_builds_that_kind_alone() -> None:

@@ -40,7 +40,7 @@ def _list(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
 @click.option("--schedule", help="how much goes in which step")
 @click.option("--steps", type=click.IntRange(1, 1000), help="of the schedule")
 @click.option("--scope", help="all, backbone-then-exits, or exits-only")
-@click.option("--selector", help="filters, blocks, or everything")
+@click.option("--selector", help="filters, blocks, everything, or random-child")
 @click.option("--phase", help="a training before removal")
 @click.option(
     "--target",

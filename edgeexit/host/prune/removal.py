@@ -96,13 +96,14 @@ class Removal:
         """
         if self.plan.is_unstructured:
             return self._zero(stage, share)
-        rules: dict[str, Callable[[Stage, float], dict[str, Any]]] = {
-            "filters": self._cut_filters,
-            "blocks": lambda stage, _goal: self._cut_block(stage),
-            "everything": self._cut_either,
+        rules: dict[tuple[str, ...], Callable[[Stage, float], dict[str, Any]]] = {
+            ("filters",): self._cut_filters,
+            ("blocks",): lambda stage, _goal: self._cut_block(stage),
+            ("blocks", "filters"): self._cut_either,
         }
         # A head is no deeper than it must be: only its filters can go.
-        row = rules["filters" if stage.parts == "heads" else self.plan.selector](stage, goal)
+        kinds = SELECTORS["filters" if stage.parts == "heads" else self.plan.selector].kinds
+        row = rules[kinds](stage, goal)
         return row | (self._linearise() if self.plan.linearise else {})
 
     def state(self) -> dict[str, Any]:
@@ -356,7 +357,7 @@ class Removal:
 
     def _cut_either(self, stage: Stage, goal: float) -> dict[str, Any]:
         """
-        The block child or the filter child, whichever is more similar to the parent.
+        The block child or the filter child, whichever the selector keeps.
 
         Compared at equal filters removed, or at equal milliseconds if the target counts these.
         Where no block can go any more, filters alone meet *goal*.
@@ -395,7 +396,7 @@ class Removal:
             )
             for kind, (child, _, _) in children.items()
         ]
-        kind = SELECTORS[self.plan.selector].choose(similar).kind
+        kind = SELECTORS[self.plan.selector].choose(similar, [self.seed, 3, *self.at]).kind
         model, entries, facts = children[kind]
         self._accept(model, entries)
         return {"child": kind, **facts, "similarity": {c.kind: c.similarity for c in similar}}

@@ -3,9 +3,10 @@ Which child of a step lives on: the network without some filters, or the one wit
 
 Callers see SELECTORS and equalise. "Pruning Everything, Everywhere, All at Once" (arXiv
 2506.04513) lets each step build a layer child and a filter child that have lost equally many
-filters, and keeps the one more similar to their parent. Nothing here looks at data: similarities
-and savings are handed over. The surprise: where a unit is several filters (channels on a
-shortcut, depthwise layers), not every number of filters can be removed.
+filters, and keeps the one more similar to their parent; a coin in place of that is the control.
+Nothing here looks at data: similarities and savings are handed over. The surprise: where a unit
+is several filters (channels on a shortcut, depthwise layers), not every number of filters can be
+removed.
 """
 
 import math
@@ -30,13 +31,24 @@ class Child:
 
 @dataclass(frozen=True, kw_only=True)
 class Selector:
-    """The *kinds* of children, "blocks" or "filters", that every step builds and compares."""
+    """
+    The *kinds* of children, "blocks" or "filters", that every step builds; which of them stays.
+
+    With *by_chance* that is drawn, each child as probably as the other; else they are compared.
+    """
 
     kinds: tuple[str, ...]
+    by_chance: bool = False
 
-    def choose(self, children: Sequence[Child]) -> Child:
-        """The child most similar to the parent; of equal ones the first of *kinds*."""
+    def choose(self, children: Sequence[Child], seed: Sequence[int]) -> Child:
+        """
+        The child most similar to the parent, of equal ones the first of *kinds*.
+
+        Or one drawn from *seed* alone: neither similarities nor the order of *children* matter.
+        """
         order = sorted(children, key=lambda child: self.kinds.index(child.kind))
+        if self.by_chance:
+            return order[int(np.random.default_rng(list(seed)).integers(len(order)))]
         return max(order, key=lambda child: child.similarity)
 
 
@@ -45,6 +57,7 @@ SELECTORS: dict[str, Selector] = {
     "filters": Selector(kinds=("filters",)),
     "blocks": Selector(kinds=("blocks",)),
     "everything": Selector(kinds=("blocks", "filters")),
+    "random-child": Selector(kinds=("blocks", "filters"), by_chance=True),
 }
 
 
