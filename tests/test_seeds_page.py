@@ -134,13 +134,31 @@ SHORT = replace(everything.SMALL, seeds=2)
 
 @pytest.mark.parametrize(("ours", "said"), [(0.005, "within"), (0.02, "more than")])
 def test_the_choice_is_judged_beside_its_rivals(ours: float, said: str, tmp_path: Path) -> None:
-    lost = {"everything": ours, "blocks": 0.03, "filters": 0.01, "random": 0.04}
+    lost = {
+        "everything": ours,
+        "blocks": 0.03,
+        "filters": 0.01,
+        "random": 0.015,
+        "random-scores": 0.04,
+    }
     found = {"setting": asdict(SHORT), **everything.figures(SHORT, pruned_results(lost))}
     text = everything.page(found)
     assert f"{100 * ours:.2f} points at three quarters of the MACs: {said} the one point" in text
     lead = f"{100 * (0.03 - ours):.2f}"
     assert f"Points ahead there: {lead} ({lead} .. {lead}) of blocks alone" in text
+    assert f"CKA loses less in {2 if ours < 0.015 else 0} of 2 seeds" in text
     assert "| blocks alone, 75 % gone | 75.0 (75.0 .. 75.0) |" in text
+    # Only where a step has two children does it say how often the block went.
+    taken = {
+        line.split(" | ")[0].removeprefix("| "): line.split(" | ")[-1].removesuffix(" |")
+        for line in text.splitlines()
+        if line.endswith("|") and " 75 % gone | 75.0" in line
+    }
+    assert taken == {
+        f"{title}, 75 % gone": "1 (1 .. 1)" if name in everything.CHOOSING else ""
+        for name, title in everything.TITLES.items()
+        if name != "dense"
+    }
     assert "87.0 (87.0 .. 87.0)" in text
     path = found["paths"]["everything"][0]
     assert [share for share, _ in path] == pytest.approx([1.0, 0.625, 0.25, 0.19, 0.13])
@@ -149,6 +167,19 @@ def test_the_choice_is_judged_beside_its_rivals(ours: float, said: str, tmp_path
     everything.draw(found, tmp_path)
     assert everything.image(found["setting"]) in text
     assert b"filters alone" in (tmp_path / everything.image(found["setting"])).read_bytes()
+
+
+def test_the_coin_replaces_the_choice_and_nothing_else() -> None:
+    """CKA and the coin choose between children scored alike; the other control scores by chance."""
+    plans = everything.variants(SHORT)
+    differs = {
+        name: {key for key in plan if plan[key] != plans["everything"].get(key)}
+        for name, plan in plans.items()
+    }
+    assert differs["random"] == {"selector"}
+    assert differs["random-scores"] == {"criterion", "block_criterion"}
+    assert set(plans) == set(everything.STEPS) == set(everything.TITLES) - {"dense"}
+    assert {name for name, _ in everything.made_nets()} == set(everything.TITLES)
 
 
 def test_the_second_goal_counts_from_the_dense_network() -> None:
