@@ -212,6 +212,7 @@ def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
 PAPERS = {
     "seeds-gormez": "Pruning and early exit, by Görmez & Koyuncu's two strategies",
     "seeds-everything": "Blocks or filters, by Pruning Everything, Everywhere, All at Once",
+    "seeds-nepenthe": "Fewer layers by state entropy, by EGP and NEPENTHE",
 }
 SETTINGS = {"": "small setting", "-full": "the paper's schedule"}
 

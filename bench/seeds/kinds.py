@@ -1,17 +1,20 @@
 """
 The kinds of steps that papers' tables are made of, each a short call of edgeexit's own functions.
 
-Callers see data_step, start_step, pretrained_step, train_step, prune_step, answers_step,
+Callers see Net and Plain (which networks there are), data_step, start_step, plain_step,
+pretrained_step, train_step, prune_step, nearest_step, fold_step, answers_step, states_step,
 robustness_step and int8_steps, and answers_of and int8_of, which read what came out. Trainings and
 prunings keep their own state files, so a killed one loses an epoch at most. Nothing here knows a
 paper.
 """
 
+import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from cifar import CLASSES, NORMAL, SIDE, Cifar
@@ -23,6 +26,9 @@ from edgeexit.decision import Costs, Record
 from edgeexit.errors import UsageError
 from edgeexit.files import digest_of, npz_bytes, read_npz, write_file
 from edgeexit.samples import Samples
+
+if TYPE_CHECKING:
+    from edgeexit.host.graph import Graph
 
 INPUT_SHAPE = (1, 3, SIDE, SIDE)
 BATCH = 250
@@ -71,6 +77,14 @@ def _samples(path: Path) -> Samples:
 # ---------------------------------------------------------------- networks
 
 
+class Costed(Protocol):
+    """A network whose *gmacs* are known: MACs of one picture's forward, in billions."""
+
+    @property
+    def gmacs(self) -> float:
+        """Billions of MACs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Net:
     """
@@ -94,6 +108,56 @@ class Net:
         """Billions of MACs: what its 3x3 convolutions take; the rest is a percent."""
         per_stage = (self.depth - 2) // 3 * 16 * 16 * 9 * SIDE * SIDE
         return (3 * per_stage + 16 * 3 * 9 * SIDE * SIDE) / 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plain:
+    """A network of the zoo without early exits: a name of its FACTORIES, and their *kwargs*."""
+
+    factory: str
+    kwargs: dict[str, Any]
+
+    def build(self) -> Any:
+        """A new one; torch's generator decides its weights."""
+        from edgeexit.host.zoo import FACTORIES
+
+        return FACTORIES[self.factory](**self.kwargs)
+
+    @property
+    def gmacs(self) -> float:
+        """Billions of MACs, counted."""
+        return self._graph.macs() / 1e9
+
+    @cached_property
+    def linear_layers(self) -> list[str]:
+        """Its layers without an activation behind them: state entropy says nothing of these."""
+        import torch
+
+        from edgeexit.host.prune.states import state_entropy
+
+        probe = [(torch.zeros(INPUT_SHAPE), torch.zeros(1, dtype=torch.int64))]
+        found = state_entropy(self.build(), self._graph, probe)
+        return [name for name in self._graph.layers if name not in found]
+
+    @cached_property
+    def _graph(self) -> "Graph":
+        from edgeexit.host.graph import analyse
+
+        return analyse(self.build(), INPUT_SHAPE)
+
+
+def plain_step(name: str, net: Plain, *, seed: int) -> Step:
+    """The untrained network, as it is."""
+
+    def run(job: Job) -> dict[str, Any]:
+        import torch
+
+        torch.manual_seed(seed)
+        model = net.build()
+        _write(job.folder / "model.pt", model, net.factory, net.kwargs)
+        return _weights(model)
+
+    return Step(name=name, task={"net": asdict(net), "seed": seed}, run=run, extra_s=3.0)
 
 
 def start_step(net: Net, *, seed: int) -> Step:
@@ -127,18 +191,10 @@ def pretrained_step(cifar: Cifar, net: Net, *, seed: int) -> Step:
 def _with_exits(job: Job, net: Net, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Write the plain *model*, and model.pt with its exits, into the step's folder."""
     from edgeexit.host.attach import attach_exits
-    from edgeexit.host.checkpoint import load_checkpoint, save_checkpoint
+    from edgeexit.host.checkpoint import load_checkpoint
 
     plain = job.folder / "plain.pt"
-    save_checkpoint(
-        plain,
-        model=model,
-        arch="edgeexit.host.zoo:resnet",
-        kwargs=kwargs,
-        input_shape=INPUT_SHAPE,
-        class_names=CLASSES,
-        preprocess=NORMAL,
-    )
+    _write(plain, model, "resnet", kwargs)
     attach_exits(
         plain,
         job.folder / "model.pt",
@@ -151,10 +207,24 @@ def _with_exits(job: Job, net: Net, model: Any, kwargs: dict[str, Any]) -> dict[
     return {"exits": list(found.exits), **_weights(found.model)}
 
 
+def _write(path: Path, model: Any, factory: str, kwargs: dict[str, Any]) -> None:
+    from edgeexit.host.checkpoint import save_checkpoint
+
+    save_checkpoint(
+        path,
+        model=model,
+        arch=f"edgeexit.host.zoo:{factory}",
+        kwargs=kwargs,
+        input_shape=INPUT_SHAPE,
+        class_names=CLASSES,
+        preprocess=NORMAL,
+    )
+
+
 def train_step(
     name: str,
     source: str,
-    net: Net,
+    net: Costed,
     *,
     pictures: int,
     augmentation: Mapping[str, Any],
@@ -199,7 +269,7 @@ def train_step(
 def prune_step(
     name: str,
     source: str,
-    net: Net,
+    net: Costed,
     *,
     pictures: int,
     epochs: float,
@@ -257,6 +327,116 @@ def prune_step(
     )
 
 
+def nearest_step(name: str, like: str, sources: Sequence[str]) -> Step:
+    """
+    The network of that one of *sources* whose accuracy is nearest that of the step *like*.
+
+    Accuracies of the final exit on the test pictures: each must have a step "...-answers". The
+    first of equally near ones is taken.
+    """
+    answers = {source: f"{source}-answers" for source in (like, *sources)}
+
+    def run(job: Job) -> dict[str, Any]:
+        found = {one: job.result_of(step)["accuracy"][-1] for one, step in answers.items()}
+        chosen = min(sources, key=lambda source: abs(found[source] - found[like]))
+        write_file(job.folder / "model.pt", (job.of(chosen) / "model.pt").read_bytes())
+        return {"chosen": chosen, **_weights_of(job.folder / "model.pt")}
+
+    return Step(name=name, needs=(*sources, *answers.values()), run=run)
+
+
+def fold_step(
+    name: str,
+    source: str,
+    net: Costed,
+    *,
+    pictures: int,
+    seen: int,
+    tolerance: float,
+    training: Mapping[str, Any],
+) -> Step:
+    """
+    Fold the layers of the step *source*'s network that are linear enough, where MACs then fall.
+
+    Activations of at most *tolerance* bits on *seen* training pictures; what was folded is
+    trained again, with the zeros kept, as *training* says on the *pictures*. Also how many
+    activations could go, and the accuracy on the test pictures with all of them gone, untrained.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.host import surgery
+        from edgeexit.host.checkpoint import load_checkpoint, save_again
+        from edgeexit.host.folding import fold_linear, linearise
+        from edgeexit.host.graph import analyse
+        from edgeexit.host.prune.states import dead_units, linearisable, silence
+
+        checkpoint = load_checkpoint(job.of(source) / "model.pt")
+        whole, batches = checkpoint.model, _batches(job, seen)
+        graph = analyse(whole, INPUT_SHAPE)
+        names = linearisable(whole, graph, batches, tolerance)
+        without = copy.deepcopy(whole)
+        silence(without, graph, dead_units(without, graph, batches))
+        for one in names:
+            linearise(without, one)
+        test = _samples(job.of("data") / "test.npz")
+        right = _float_logits(without, test, job).argmax(axis=2)[:, -1] == test.labels
+        model, entries, done = fold_linear(whole, INPUT_SHAPE, batches, tolerance)
+        if entries:
+            _train_again(job, checkpoint, model, training)
+        joined = surgery.joined([*checkpoint.surgery, *entries])
+        save_again(job.folder / "model.pt", checkpoint, model, surgery=joined)
+        return {
+            **done,
+            "linear": names,
+            "linear_accuracy": class_mean(right, test.labels),
+            "macs": [graph.macs(), analyse(model, INPUT_SHAPE).macs()],
+            **_weights(model),
+        }
+
+    return Step(
+        name=name,
+        needs=("data", source),
+        task={"seen": seen, "tolerance": tolerance, "training": dict(training)},
+        gmacs=net.gmacs * pictures * training["epochs"],
+        extra_s=10.0,
+        run=run,
+    )
+
+
+def _train_again(job: Job, checkpoint: Any, model: Any, training: Mapping[str, Any]) -> None:
+    """Train *model*, a form of *checkpoint*'s, in place; what is zero stays zero."""
+    from edgeexit.files import Table
+    from edgeexit.host.fit import Fit
+    from edgeexit.host.graph import analyse
+    from edgeexit.host.prune.engine import training_half
+    from edgeexit.host.prune.masks import Masks, pool
+    from edgeexit.host.recipe import DataPart, training_part
+
+    material, _ = training_half(checkpoint, job.step.name, DataPart())
+    masks = Masks.of(model, pool(analyse(model, INPUT_SHAPE), "all"), from_zeros=True)
+    part = training_part(Table(dict(training), job.step.name))
+    fit = Fit(model, material, part, where=job.step.name, influence=masks)
+    while not fit.is_done:
+        fit.run_epoch(lambda step: job.tell(_epoch(step)))
+    fit.take_best()
+
+
+def _batches(job: Job, count: int) -> list[tuple[Any, Any]]:
+    """The first *count* training pictures as the network takes them, with their labels."""
+    import torch
+
+    from edgeexit.host.feed import to_input
+    from edgeexit.preprocess import real_values
+
+    some = _samples(job.of("data") / "training.npz")[:count]
+    batches = []
+    for start in range(0, len(some), BATCH):
+        part = some[start : start + BATCH]
+        inputs = to_input(real_values(part.samples, NORMAL), NORMAL)
+        batches.append((inputs, torch.from_numpy(part.labels)))
+    return batches
+
+
 def _epoch(step: Any) -> str:
     """What to show at an epoch's end, nothing in between."""
     if step.accuracies is None:
@@ -295,7 +475,7 @@ def _weights(model: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- answers
 
 
-def answers_step(name: str, source: str, net: Net, *, pictures: int) -> Step:
+def answers_step(name: str, source: str, net: Costed, *, pictures: int) -> Step:
     """
     What the float network of the step *source* answers to the test pictures, and what it costs.
 
@@ -385,6 +565,30 @@ def _save(folder: Path, logits: NDArray[Any], test: Samples) -> list[float]:
     return [class_mean(right[:, k], test.labels) for k in range(right.shape[1])]
 
 
+def states_step(name: str, source: str, net: Costed, *, seen: int) -> Step:
+    """
+    The state entropy before each activation of the step *source*'s network, in forward order.
+
+    In bits, by every estimator, over the first *seen* training pictures.
+    """
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.host.checkpoint import load_checkpoint
+        from edgeexit.host.graph import analyse
+        from edgeexit.host.prune.states import ESTIMATORS, state_entropy
+
+        model = load_checkpoint(job.of(source) / "model.pt").model
+        found = state_entropy(model, analyse(model, INPUT_SHAPE), _batches(job, seen))
+        places = {id(states): states for states in found.values()}.values()
+        return {
+            "layers": [list(states.layers) for states in places],
+            "bits": {name: [states.entropy(name) for states in places] for name in ESTIMATORS},
+        }
+
+    gmacs = net.gmacs * seen * FORWARD
+    return Step(name=name, needs=("data", source), task={"seen": seen}, gmacs=gmacs, run=run)
+
+
 def answers_of(folder: Path) -> Record:
     """What a step of answers kept, as max_prob sees it."""
     arrays = read_npz(folder / "answers.npz")
@@ -396,7 +600,7 @@ def answers_of(folder: Path) -> Record:
 
 
 def robustness_step(
-    name: str, source: str, net: Net, *, pictures: int, fgsm: float, noise: float, blur: float
+    name: str, source: str, net: Costed, *, pictures: int, fgsm: float, noise: float, blur: float
 ) -> Step:
     """
     Accuracy of every exit on the first *pictures* test pictures, as they are and made worse.
