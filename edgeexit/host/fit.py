@@ -1,14 +1,15 @@
 """
 Train a multi-exit network in place: epoch by epoch, phase by phase, the best epoch kept.
 
-Callers see Fit, Material, Influence and holdout_accuracies. Hidden here: which parts move in
-which phase of a regime, the one-cycle schedule, and the rule which epoch is best (the exits'
-held-out accuracies, weighted as in the loss). Fit's state taken after an epoch and loaded into a
-new Fit computes what an uninterrupted one does.
+Callers see Fit, Material, Influence, holdout_accuracies and accelerated. Hidden here: which parts
+move in which phase of a regime, the one-cycle schedule, and the rule which epoch is best (the
+exits' held-out accuracies, weighted as in the loss). Fit's state taken after an epoch and loaded
+into a new Fit computes what an uninterrupted one does.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +72,32 @@ class Step:
     phase: str = ""
     accuracies: dict[str, float] | None = None
     is_best: bool = False
+
+
+@contextmanager
+def accelerated(model: nn.Module) -> Iterator[None]:
+    """
+    Inside, *model* lies on this machine's GPU, if it has one; afterwards where it lay before.
+
+    What keeps tensors of the model, as a Fit does, is made inside. UsageError if the GPU has no
+    room.
+    """
+    home, away = _device(model), _gpu()
+    if away is None:
+        yield
+        return
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
+            model.to(away)
+            yield
+    except torch.OutOfMemoryError as error:
+        said = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"{away}: no room for this training: {said[:160]}",
+            hint="a smaller batch, or the processor: set CUDA_VISIBLE_DEVICES to nothing",
+        ) from error
+    finally:
+        model.to(home)
 
 
 def holdout_accuracies(
@@ -465,3 +492,7 @@ HEAD_INITS: dict[str, Callable[[Fit], None]] = {
 def _device(model: nn.Module) -> torch.device:
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _gpu() -> torch.device | None:
+    return torch.device("cuda") if torch.cuda.is_available() else None

@@ -2,8 +2,12 @@
 The state file of a job under way: it lies beside the output, and only that very job goes on.
 """
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.files import read_bytes
@@ -20,9 +24,28 @@ UNSOUND = (
 )
 
 
-def head(job: str, digest: str) -> dict[str, Any]:
-    """What a state of *job* (a key of FORMATS) begins with; *digest* is that of its plan."""
-    return {f"edgeexit_{job}": FORMATS[job], "digest": digest}
+def state_bytes(job: str, digest: str, values: dict[str, Any]) -> bytes:
+    """
+    The file of a *job* (a key of FORMATS) whose plan has that *digest*: tensors, plain *values*.
+
+    Wherever the tensors lie, another machine can go on from it.
+    """
+    buffer = io.BytesIO()
+    named = {f"edgeexit_{job}": FORMATS[job], "digest": digest}
+    torch.save({**named, **_on_cpu(values)}, buffer)
+    return buffer.getvalue()
+
+
+def _on_cpu(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        moved = copy.copy(value)  # a state_dict has more to it than its items
+        moved.update({key: _on_cpu(one) for key, one in value.items()})
+        return moved
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(one) for one in value)
+    return value
 
 
 def read_state(path: Path, job: str, digest: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ command go on after an interruption. An interrupted and resumed training compute
 uninterrupted one does.
 """
 
-import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,11 +25,11 @@ from edgeexit.host.checkpoint import (
     save_checkpoint,
 )
 from edgeexit.host.factories import build_network
-from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, holdout_accuracies
+from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, accelerated, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
-from edgeexit.host.statefile import UNSOUND, head, read_state, unsound
+from edgeexit.host.statefile import UNSOUND, read_state, state_bytes, unsound
 from edgeexit.names import choose
 from edgeexit.overlap import Bloom, sample_digests
 
@@ -146,14 +145,15 @@ def train(
     choose(job.training.regime, REGIMES, "training regime")
     session = _Session(job, arch)
     state_path = out.with_name(out.name + ".state")
-    if state_path.exists() and not again:
-        session.resume(state_path)
-    fit = session.fit
-    if not job.training.epochs:
-        session.set_prototypes()
-    while not fit.is_done:
-        fit.run_epoch(on_step)
-        write_file(state_path, session.state_bytes())
+    with accelerated(session.model):
+        fit = session.begin()
+        if state_path.exists() and not again:
+            session.resume(state_path)
+        if not job.training.epochs:
+            session.set_prototypes()
+        while not fit.is_done:
+            fit.run_epoch(on_step)
+            write_file(state_path, state_bytes(JOB, job.digest, {"fit": fit.state()}))
     session.save(out)
     state_path.unlink(missing_ok=True)
     return Training(
@@ -266,7 +266,7 @@ def _finished(out: Path, job: _Job, arch: str | None) -> Training | None:
 
 
 class _Session:
-    """One training under way: a Fit of the job's network, and its state file."""
+    """One training under way: the job's network, a Fit of it, and its state file."""
 
     def __init__(self, job: _Job, arch: str | None) -> None:
         start, seed = job.start, job.training.seed
@@ -286,11 +286,16 @@ class _Session:
             model = build_network(start.arch, start.kwargs, f"{job.where}: model", arch=arch)
             if start.initial_weights is not None:
                 _take_weights(model, start.initial_weights, job.where, arch)
-        part = job.training
+        self.model = model
+
+    def begin(self) -> Fit:
+        """A Fit of the network, where that lies now."""
+        job, part = self.job, self.job.training
         labels = self.material.data.labels[self.material.training]
         if job.has_fresh_heads and len(set(labels)) == len(self.material.data.class_names):
             part = replace(part, head_init="class-means")
-        self.fit = Fit(model, self.material, part, where=job.where)
+        self.fit = Fit(self.model, self.material, part, where=job.where)
+        return self.fit
 
     def set_prototypes(self) -> None:
         """Make class means of the early heads' last layers, and judge them."""
@@ -302,12 +307,6 @@ class _Session:
             )
         HEAD_INITS["class-means"](fit)
         fit.best_accuracies = holdout_accuracies(fit.model, fit.material)
-
-    def state_bytes(self) -> bytes:
-        """Everything that the next epoch needs, as the bytes of the state file."""
-        buffer = io.BytesIO()
-        torch.save(head(JOB, self.job.digest) | {"fit": self.fit.state()}, buffer)
-        return buffer.getvalue()
 
     def resume(self, path: Path) -> None:
         """Go on from the state file *path*, which must belong to this very job."""

@@ -8,7 +8,6 @@ does. Only the training half is looked at: its training samples score and train,
 samples judge.
 """
 
-import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import check_output, write_file
 from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
-from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies
+from edgeexit.host.fit import Fit, Influence, Step, accelerated, holdout_accuracies
 from edgeexit.host.graph import parameters
 from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.needs import needs
@@ -32,7 +31,7 @@ from edgeexit.host.prune.removal import Removal
 from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
-from edgeexit.host.statefile import UNSOUND, head, read_state, unsound
+from edgeexit.host.statefile import UNSOUND, read_state, state_bytes, unsound
 from edgeexit.host.train import seen
 from edgeexit.locks import hold
 
@@ -279,7 +278,7 @@ class _Work:
         """One step of removing; what was done is the history's new last row."""
         done = self.net.cut(stage, share * self.start_cost, share)
         self.history.append({"stage": stage.name, "step": self.step + 1, **self.waited, **done})
-        self.history[-1]["removed_accuracies"] = holdout_accuracies(self.net.model, self.material)
+        self.history[-1]["removed_accuracies"] = self._accuracies()
         self.waited = {}
         self.pending = "fine-tune"
 
@@ -304,23 +303,29 @@ class _Work:
         return {
             "macs": self.net.graph.macs(),
             "parameters": parameters(self.net.model),
-            "accuracies": holdout_accuracies(self.net.model, self.material),
+            "accuracies": self._accuracies(),
         }
+
+    def _accuracies(self) -> dict[str, float]:
+        with accelerated(self.net.model):
+            return holdout_accuracies(self.net.model, self.material)
 
     def _train(self, part: TrainingPart, action: str, influence: Influence | None = None) -> None:
         """Train by *part*, from where an interruption left it."""
         influence = influence or self.net.used(list(self.net.masks))
-        fit = Fit(self.net.model, self.material, part, where=self.recipe.where, influence=influence)
-        if self.fit_state is not None:
-            try:
-                fit.load(self.fit_state)
-            except UNSOUND as error:
-                raise unsound(self.state_path, JOB, error) from error
-        while not fit.is_done:
-            fit.run_epoch(lambda step: self._say(action, step))
-            self.fit_state = fit.state()
-            self._save_state()
-        fit.take_best()
+        model = self.net.model
+        with accelerated(model):
+            fit = Fit(model, self.material, part, where=self.recipe.where, influence=influence)
+            if self.fit_state is not None:
+                try:
+                    fit.load(self.fit_state)
+                except UNSOUND as error:
+                    raise unsound(self.state_path, JOB, error) from error
+            while not fit.is_done:
+                fit.run_epoch(lambda step: self._say(action, step))
+                self.fit_state = fit.state()
+                self._save_state()
+            fit.take_best()
         self.fit_state = None
         self.net.model.eval()
 
@@ -371,7 +376,8 @@ class _Work:
             seed=self.seed,
             options=self.plan.phase_options,
         )
-        phase = PHASES[self.plan.phase](facts)
+        with accelerated(self.net.model):
+            phase = PHASES[self.plan.phase](facts)
         try:
             self._train(part, "phase", phase)
             self.net.distances = phase.distances()
@@ -400,24 +406,19 @@ class _Work:
     # ------------------------------------------------------------ going on later
 
     def _save_state(self) -> None:
-        buffer = io.BytesIO()
-        torch.save(
-            {
-                **head(JOB, self.digest),
-                "stage": self.stage,
-                "step": self.step,
-                "pending": self.pending,
-                "start_cost": self.start_cost,
-                "before": self.before,
-                "history": self.history,
-                "units": self.units,
-                "net": self.net.state(),
-                "model": self.net.model.state_dict(),
-                "fit": self.fit_state,
-            },
-            buffer,
-        )
-        write_file(self.state_path, buffer.getvalue())
+        values = {
+            "stage": self.stage,
+            "step": self.step,
+            "pending": self.pending,
+            "start_cost": self.start_cost,
+            "before": self.before,
+            "history": self.history,
+            "units": self.units,
+            "net": self.net.state(),
+            "model": self.net.model.state_dict(),
+            "fit": self.fit_state,
+        }
+        write_file(self.state_path, state_bytes(JOB, self.digest, values))
 
     def resume(self) -> None:
         """Go on from the state file, which must belong to this very pruning."""
