@@ -109,6 +109,44 @@ def test_the_network_stays_what_it_was(here: Path, head: str) -> None:
     assert after.preprocess == before.preprocess
 
 
+def test_heads_are_as_wide_as_one_says(here: Path) -> None:
+    plain(here / "net.pt")
+    given: dict[str, Any] = {"at": ["stem", "blocks.1"], "head": "convs", "is_measured": False}
+
+    each = attach_exits("net.pt", "each.pt", widths=[[6, 10], [12]], **given)
+    one = attach_exits("net.pt", "one.pt", widths=[[6]], **given)
+
+    for found, wanted in ((each, [[6, 10], [12]]), (one, [[6], [6]])):
+        again = load_checkpoint(found.path)
+        assert again.attached is not None
+        assert again.attached["widths"] == wanted
+        made = [
+            [layer.out_channels for layer in head.modules() if isinstance(layer, torch.nn.Conv2d)]
+            for head in again.model.heads
+        ]
+        assert made == wanted
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--head", "convs", "--widths", "6,0"], "--widths 6,0: expected numbers from 1 to 4096"),
+        (["--head", "convs", "--widths", "6,x"], "--widths 6,x: expected numbers from 1 to 4096"),
+        (["--head", "convs", *["--widths", "6"] * 3], "widths: found 3 lists, expected 2"),
+        (["--widths", "6"], "widths: a head of the kind 'average' has none"),
+        (["--list", "--widths", "6"], "--list only shows places"),
+    ],
+)
+def test_widths_that_do_not_fit_are_one_line(
+    here: Path, args: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain(here / "net.pt")
+    places = [] if "--list" in args else ["--at", "stem,blocks.1"]
+    assert entry(["attach", "net.pt", "--no-measure", *places, *args]) == 2
+    assert said in capsys.readouterr().err
+    assert not (here / "net-exits.pt").exists()
+
+
 def test_equal_arguments_give_equal_bytes(here: Path) -> None:
     plain(here / "net.pt")
     torch.manual_seed(1)

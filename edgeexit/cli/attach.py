@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from edgeexit.host.attach import Row
 
+MOST_CHANNELS = 4096
+
 
 @click.command("attach", short_help="give a plain network exits, and show where they can go")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -36,6 +38,13 @@ if TYPE_CHECKING:
     help="average: mean and one linear layer; pooled: maximum and mean in 4x4 places and one "
     "linear layer; convs: stride-2 convolutions and one linear layer",
 )
+@click.option(
+    "--widths",
+    metavar="N,N",
+    multiple=True,
+    help="channels of the stride-2 convolutions of the head convs: once for all exits, or once "
+    "for each; default: down to 4x4 places, no wider than the map",
+)
 @click.option("--list", "is_list", is_flag=True, help="only show where exits can go")
 @click.option(
     "--calibration",
@@ -52,6 +61,7 @@ def command(
     at: str | None,
     exits: int | None,
     head: str,
+    widths: tuple[str, ...],
     is_list: bool,
     calibration: str | None,
     out: Path | None,
@@ -69,6 +79,7 @@ def command(
     edgeexit attach model.pt --list                     # where exits can go, and what it costs
     edgeexit attach model.pt                            # three exits -> model-exits.pt
     edgeexit attach model.pt --at layer1,layer3 --head pooled
+    edgeexit attach model.pt --at layer1,layer3 --head convs --widths 32,64 --widths 64
     edgeexit attach weights.pth --arch my_net:make --calibration my-set
     """
     require_host("attach")
@@ -83,8 +94,8 @@ def command(
         "on_step": steps,
     }
     if is_list:
-        if at or exits or out:
-            raise UsageError("--list only shows places: leave out --at, --exits and -o")
+        if at or exits or widths or out:
+            raise UsageError("--list only shows places: leave out --at, --exits, --widths and -o")
         rows = list_taps(model, **given)
         if as_json:
             click.echo(json_bytes({"taps": [row.to_document() for row in rows]}), nl=False)
@@ -92,7 +103,10 @@ def command(
         click.echo(_table(rows))
         return
     names = None if at is None else [name.strip() for name in at.split(",")]
-    result = attach_exits(model, out, at=names, exits=exits, head=head, again=again, **given)
+    channels = [_channels(text) for text in widths] or None
+    result = attach_exits(
+        model, out, at=names, exits=exits, head=head, widths=channels, again=again, **given
+    )
     flag = f" --arch {arch}" if arch else ""
     following = f"edgeexit train {result.path}{flag} --regime frozen --data FOLDER"
     if as_json:
@@ -107,6 +121,19 @@ def command(
     click.echo(f"{printable(str(result.path))}: {len(result.rows)} exits, heads: {result.head}\n")
     click.echo(_table(result.rows))
     click.echo(f"\nThe new exits know nothing yet. Next:\n  {printable(following)}")
+
+
+def _channels(text: str) -> list[int]:
+    """The numbers in "32,64"."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < count <= MOST_CHANNELS for count in found):
+        raise UsageError(
+            f"--widths {text}: expected numbers from 1 to {MOST_CHANNELS}, as in 32,64"
+        )
+    return found
 
 
 def _table(rows: "Sequence[Row]") -> str:

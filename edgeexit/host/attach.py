@@ -75,6 +75,7 @@ def attach_exits(
     at: Sequence[str] | None = None,
     exits: int | None = None,
     head: str = "average",
+    widths: Sequence[Sequence[int]] | None = None,
     calibration: str | None = None,
     is_measured: bool = True,
     again: bool = False,
@@ -84,9 +85,11 @@ def attach_exits(
     Give the plain network in the checkpoint (or state_dict) *path* untrained exits.
 
     They sit behind the modules *at*, or at *exits* tap points (default: three) as choose_taps
-    places them; *head* is a key of model.HEADS. *arch* and *calibration* as in convert; *out* is
-    by default NAME-exits.pt beside *path*, and replaced only if *again*. Equal arguments give
-    equal bytes. With *is_measured* the new network's int8 latency on this machine is measured.
+    places them; *head* is a key of model.HEADS. *widths* are the stride-2 convolutions of heads
+    that have such, one list for all exits or one for each (default: down to 4x4 places, no wider
+    than the map). *arch* and *calibration* as in convert; *out* is by default NAME-exits.pt
+    beside *path*, and replaced only if *again*. Equal arguments give equal bytes. With
+    *is_measured* the new network's int8 latency on this machine is measured.
 
     UsageError for wrong names and absent files, BadFile for damaged ones, Unsupported for
     networks that have exits or take none, DeviceError if measuring fails, StorageError.
@@ -108,7 +111,7 @@ def attach_exits(
     step("load", 1.0)
     step("find places", 0.0)
     names = _places(checkpoint, at, exits)
-    model, attached = _with_heads(checkpoint, names, head)
+    model, attached = _with_heads(checkpoint, names, head, widths)
     bare, heads, total = costs(model, checkpoint.input_shape)
     for k, (one, other) in enumerate(pairwise(bare)):
         if one >= other:
@@ -222,12 +225,23 @@ def _places(checkpoint: Checkpoint, at: Sequence[str] | None, exits: int | None)
 
 
 def _with_heads(
-    checkpoint: Checkpoint, at: Sequence[str], head: str
+    checkpoint: Checkpoint,
+    at: Sequence[str],
+    head: str,
+    given: Sequence[Sequence[int]] | None,
 ) -> tuple[Attached, dict[str, Any]]:
     """The network with new heads, and what a checkpoint says of them."""
     with torch.no_grad():
         _, values = tapped(checkpoint.model, at, torch.zeros(checkpoint.input_shape))
-    widths = [_widths(values.get(name)) if head in WITH_WIDTHS else [] for name in at]
+    if given is None:
+        widths = [_widths(values.get(name)) if head in WITH_WIDTHS else [] for name in at]
+    elif head not in WITH_WIDTHS:
+        raise UsageError(
+            f"widths: a head of the kind {head!r} has none",
+            hint=f"choose the head {' or '.join(sorted(WITH_WIDTHS))}",
+        )
+    else:
+        widths = [list(row) for row in (given if len(given) > 1 else [*given] * len(at))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = attach(
