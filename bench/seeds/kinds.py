@@ -188,6 +188,42 @@ def pretrained_step(cifar: Cifar, net: Net, *, seed: int) -> Step:
     return Step(name=f"{seed}/start", task=task, run=run, extra_s=3.0)
 
 
+def dense_step(cifar: Cifar, name: str, depth: int) -> Step:
+    """The pretrained plain network of *depth*, without early exits."""
+
+    def run(job: Job) -> dict[str, Any]:
+        model, kwargs = cifar.pretrained(depth)
+        _write(job.folder / "model.pt", model, "resnet", kwargs)
+        return _weights(model)
+
+    return Step(name=name, task={"depth": depth}, run=run, extra_s=2.0)
+
+
+def attach_step(
+    name: str, source: str, *, at: Sequence[str], head: str, widths: Sequence[Sequence[int]]
+) -> Step:
+    """The network of the step *source* with untrained exits behind the modules *at*."""
+
+    def run(job: Job) -> dict[str, Any]:
+        from edgeexit.host.attach import attach_exits
+
+        out = job.folder / "model.pt"
+        found = attach_exits(
+            job.of(source) / "model.pt",
+            out,
+            at=at,
+            head=head,
+            widths=widths,
+            is_measured=False,
+            again=True,
+        )
+        macs = [{"macs": row.macs, "head_macs": row.head_macs} for row in found.rows]
+        return {"exits": macs, **_weights_of(out)}
+
+    task = {"at": list(at), "head": head, "widths": [list(row) for row in widths]}
+    return Step(name=name, needs=(source,), task=task, run=run, extra_s=5.0)
+
+
 def _with_exits(job: Job, net: Net, model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Write the plain *model*, and model.pt with its exits, into the step's folder."""
     from edgeexit.host.attach import attach_exits
@@ -229,12 +265,16 @@ def train_step(
     pictures: int,
     augmentation: Mapping[str, Any],
     training: Mapping[str, Any],
+    data: Mapping[str, Any] | None = None,
+    cost: float = 1.0,
 ) -> Step:
     """
-    Train the network of the step *source*; *augmentation* and *training* as in a recipe.
+    Train the network of the step *source*; *augmentation*, *training* and *data* as in a recipe.
 
-    *pictures* is how many there are, the held-out tenth included: for the estimate alone.
+    *pictures* is how many there are, the held-out ones included, and *cost* what the network
+    takes beside *net*: for the estimate alone.
     """
+    given = {} if data is None else {"data": dict(data)}
 
     def run(job: Job) -> dict[str, Any]:
         from edgeexit.host.train import train
@@ -242,7 +282,7 @@ def train_step(
         recipe = job.folder / "recipe.toml"
         tables = {
             "model": {"checkpoint": str(job.of(source) / "model.pt")},
-            "data": {"path": str(job.of("data") / "training.npz")},
+            "data": {"path": str(job.of("data") / "training.npz"), **(data or {})},
             "augmentation": augmentation,
             "training": training,
         }
@@ -259,8 +299,8 @@ def train_step(
     return Step(
         name=name,
         needs=("data", source),
-        task={"augmentation": dict(augmentation), "training": dict(training)},
-        gmacs=net.gmacs * pictures * training["epochs"],
+        task={**given, "augmentation": dict(augmentation), "training": dict(training)},
+        gmacs=cost * net.gmacs * pictures * training["epochs"],
         extra_s=5.0,
         run=run,
     )
@@ -281,6 +321,7 @@ def prune_step(
     Prune the network of the step *source*, fine-tuning as the *recipe* (its tables) says.
 
     With *macs_left* the target is that share of the MACs that the pruning of *source* began with.
+    Where the recipe has a table [data], it is that of the training pictures, else as recorded.
 
     *epochs* of the whole network it comes to, and *extra_s* besides, for the estimate alone.
     """
@@ -303,6 +344,8 @@ def prune_step(
             first, now = job.result_of(source)["macs"]
             plan["target"] = {"macs": macs_left * first / now}
         tables = {"format": 1, **recipe, "prune": plan}
+        if "data" in recipe:
+            tables["data"] = {"path": str(job.of("data") / "training.npz"), **recipe["data"]}
         found = prune(
             job.of(source) / "model.pt",
             prune_recipe(Table(tables, name)),
