@@ -14,6 +14,7 @@ from torch import nn  # noqa: E402
 
 from edgeexit.errors import BadFile, Unsupported, UsageError  # noqa: E402
 from edgeexit.host import zoo  # noqa: E402
+from edgeexit.host.courses import COURSES  # noqa: E402
 from edgeexit.host.fit import Fit, Influence, Step, holdout_accuracies  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.needs import needs  # noqa: E402
@@ -143,9 +144,12 @@ def test_a_network_without_early_exits_has_no_heads_to_train(regime: str) -> Non
 
 @pytest.mark.parametrize("warmup", [0.0, 0.2, 0.5, 0.9])
 @pytest.mark.parametrize("batches", [1, 2, 4])
-def test_the_learning_rate_never_leaves_its_range(warmup: float, batches: int) -> None:
+@pytest.mark.parametrize("schedule", COURSES)
+def test_the_learning_rate_never_leaves_its_range(
+    schedule: str, warmup: float, batches: int
+) -> None:
     given = material(16 * batches + 16)
-    part = replace(PART, warmup=warmup, epochs=1)
+    part = replace(PART, schedule=schedule, warmup=warmup, epochs=1)
     fit, rates = Fit(made("zoo"), given, part, where="r"), []
 
     fit.run(lambda step: rates.append(fit.schedule.get_last_lr()[0]))
@@ -154,9 +158,66 @@ def test_the_learning_rate_never_leaves_its_range(warmup: float, batches: int) -
     assert all(0 < rate <= part.learning_rate for rate in rates)
 
 
+def rates_of(part: TrainingPart, batches: int) -> list[float]:
+    """The learning rate of every step of every epoch, without a network."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=part.learning_rate)
+    course = COURSES[part.schedule].make(optimizer, part, part.epochs * batches)
+    rates = []
+    for _ in range(part.epochs * batches):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        course.step()
+    return rates
+
+
+@pytest.mark.parametrize(
+    ("epochs", "drops", "at"),
+    [
+        (100, (0.35, 0.6, 0.85), (35, 60, 85)),  # Shallow-Deep Networks
+        (160, (0.5, 0.75), (80, 120)),  # EGP
+        (190, (100 / 190, 150 / 190), (100, 150)),  # Pruning Everything
+        (10, (), ()),
+    ],
+)
+@pytest.mark.parametrize("batches", [1, 7, 376])
+def test_in_steps_the_rate_falls_to_a_tenth_with_those_epochs(
+    epochs: int, drops: tuple[float, ...], at: tuple[int, ...], batches: int
+) -> None:
+    part = TrainingPart(epochs=epochs, learning_rate=0.1, schedule="steps", drops=drops, warmup=0.0)
+    rates = np.reshape(rates_of(part, batches), (epochs, batches))
+
+    for epoch in range(epochs):
+        wanted = 0.1 / 10 ** sum(epoch >= drop for drop in at)
+        assert rates[epoch] == pytest.approx(np.full(batches, wanted), rel=1e-9), epoch
+
+
+def test_a_warm_up_rises_in_a_line_before_the_steps() -> None:
+    part = TrainingPart(epochs=10, learning_rate=1.0, schedule="steps", drops=(0.5,), warmup=0.4)
+    assert rates_of(part, 1) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, *[0.1] * 5])
+
+
+def test_each_phase_has_the_steps_to_itself() -> None:
+    part = replace(
+        PART,
+        regime="mixed",
+        epochs=6,
+        phase_shares=(1.0, 1.0, 1.0),
+        schedule="steps",
+        drops=(0.5,),
+        warmup=0.0,
+    )
+    fit, rates = Fit(made("zoo"), material(), part, where="r"), []
+    while not fit.is_done:
+        rates.append(fit.optimizer.param_groups[0]["lr"])
+        fit.run_epoch()
+    assert rates == pytest.approx([0.05, 0.005] * 3)
+
+
 @pytest.mark.parametrize(
     ("part", "kind", "words"),
     [
+        (replace(PART, schedule="cosine"), UsageError, "schedule of the learning rate"),
+        (replace(PART, drops=(0.5,)), UsageError, "training.drops: the schedule one-cycle has"),
         (replace(PART, regime="jiont"), UsageError, "training regime"),
         (replace(PART, head_init="zeros"), UsageError, "exit heads"),
         (replace(PART, exit_weights=(1.0, 1.0)), BadFile, "the network has 3 exits"),
@@ -307,10 +368,14 @@ def test_exits_without_a_loss_do_not_count_in_the_equilibrium() -> None:
 # ---------------------------------------------------------------- interruptions
 
 
-@pytest.mark.parametrize("name", ["zoo", "attached"])
-def test_going_on_from_any_epoch_ends_in_the_same_bits(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "course"),
+    [("zoo", {}), ("attached", {}), ("zoo", {"schedule": "steps", "drops": (0.5, 0.9)})],
+)
+def test_going_on_from_any_epoch_ends_in_the_same_bits(name: str, course: dict[str, Any]) -> None:
     part = replace(
         PART,
+        **course,
         regime="mixed",
         epochs=6,
         phase_shares=(1.0, 1.0, 1.0),

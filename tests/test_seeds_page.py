@@ -182,6 +182,44 @@ def test_the_coin_replaces_the_choice_and_nothing_else() -> None:
     assert {name for name, _ in everything.made_nets()} == set(everything.TITLES)
 
 
+@pytest.mark.parametrize("setting", [everything.SMALL, everything.FULL])
+def test_every_plan_is_understood_and_full_ones_fall_as_published(
+    setting: everything.Setting,
+) -> None:
+    pytest.importorskip("torch")
+    from edgeexit.files import Table
+    from edgeexit.host.prune.recipe import prune_recipe
+
+    plain = kinds.Step(name="0/start", run=lambda job: {})
+    for step in everything._seed_steps(replace(setting, seeds=1), plain, 0):
+        if "recipe" in step.task:
+            read = prune_recipe(Table({"format": 1, **step.task["recipe"]}, step.name))
+            assert read.finetune is not None and read.final is not None
+            at = [drop * read.final.epochs for drop in read.final.drops]
+            full = setting is everything.FULL
+            assert at == pytest.approx([100, 150] if full else [])
+            assert read.final.schedule == ("steps" if full else "one-cycle")
+            assert read.finetune.drops == ()
+
+
+@pytest.mark.parametrize("setting", [gormez.SMALL, gormez.FULL])
+def test_what_is_dense_falls_as_in_the_code_that_made_the_papers_network(
+    setting: gormez.Setting,
+) -> None:
+    pytest.importorskip("torch")
+    from edgeexit.files import Table
+    from edgeexit.host.recipe import training_part
+
+    for step in gormez._seed_steps(setting, 0):
+        if "training" in step.task:
+            part = training_part(Table(dict(step.task["training"]), step.name))
+            at = [drop * part.epochs for drop in part.drops]
+            assert at == pytest.approx([35, 60, 85] if setting is gormez.FULL else [])
+    told = {"parameters": 1, "splits": {k: {"pictures": 9} for k in ("training", "test")}}
+    text = gormez._told({"setting": asdict(setting), **told})
+    assert ("after 35 %, 60 %, 85 % of the dense" in text) == (setting is gormez.FULL)
+
+
 def test_the_second_goal_counts_from_the_dense_network() -> None:
     """What the first goal overshot is not taken twice: 86.37 % of the dense MACs go."""
     plain = kinds.Step(name="0/start", run=lambda job: {})

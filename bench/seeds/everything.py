@@ -14,7 +14,7 @@ cores. Killed, it goes on where it was.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class Setting:
     What is trained how long. *pictures* of the training half are used, a tenth of them held out.
 
     The new exits are trained for *head_epochs*; each step is followed by *epochs*, each of the
-    two goals by *final* more. *criterion* scores filters and *block_criterion* blocks, on
+    two goals by *final* more; *course* and *final_course* are the keys of a recipe that say how the
+    learning rate goes there. *criterion* scores filters and *block_criterion* blocks, on
     *samples* pictures; filters alone go in *filter_steps*. *robust* test pictures are made worse.
     """
 
@@ -83,12 +84,14 @@ class Setting:
     fgsm: float = 2 / 255
     noise: float = 0.05
     blur: float = 0.7
+    course: Mapping[str, Any] = field(default_factory=lambda: {"warmup": 0.1})
+    final_course: Mapping[str, Any] = field(default_factory=lambda: {"warmup": 0.1})
 
 
 NET = kinds.Net(depth=56, blocks=(9, 18), shortcut="A")
 SMALL = Setting(
     net=NET,
-    pictures=2_000,
+    pictures=5_000,
     ranges=1_000,
     test=None,
     head_epochs=4,
@@ -118,6 +121,9 @@ FULL = Setting(
     robust=9_806,
     seeds=3,
     time_cap_s=60.0,
+    # As the authors' code: 0.01, a tenth of it from epoch 100 on, and again from 150 on.
+    course={"schedule": "steps", "warmup": 0.0},
+    final_course={"schedule": "steps", "drops": [100 / 190, 150 / 190], "warmup": 0.0},
 )
 
 
@@ -220,8 +226,8 @@ def _seed_steps(setting: Setting, start: Step, seed: int) -> list[Step]:
                     extra_s=10.0 + 4.0 * count,
                     recipe={
                         "prune": {**plan, "target": {"macs": FIRST}},
-                        "finetune": {**part, "epochs": setting.epochs, "warmup": 0.1},
-                        "final": {**part, "epochs": setting.final, "warmup": 0.1},
+                        "finetune": {**part, "epochs": setting.epochs, **setting.course},
+                        "final": {**part, "epochs": setting.final, **setting.final_course},
                     },
                     macs_left=SECOND if goal == "86" else None,
                 )
@@ -322,9 +328,9 @@ def page(found: Mapping[str, Any]) -> str:
         f"out; accuracies are class means on {splits['test']['pictures']:,} lossless test "
         f"pictures, mean of {setting['seeds']} seeds (least .. largest). {setting['epochs']} "
         f"epochs after each step and {setting['final']} at each goal (paper: 10 for either child, "
-        "then 190, in every step); children are compared before they recover, by the CKA of all "
-        f"exits on training pictures. Filters are scored by {setting['criterion']}, blocks by "
-        f"{setting['block_criterion']} (paper: KL for both). "
+        f"then 190, in every step), {_course(setting)}; children are compared before they "
+        f"recover, by the CKA of all exits on training pictures. Filters are scored by "
+        f"{setting['criterion']}, blocks by {setting['block_criterion']} (paper: KL for both). "
         "The pretrained network has seen the pictures held out here; the test pictures it has "
         "not.\n"
     )
@@ -344,6 +350,14 @@ def page(found: Mapping[str, Any]) -> str:
             grid(_robustness(found)),
         ]
     )
+
+
+def _course(setting: Mapping[str, Any]) -> str:
+    """How the learning rate goes, beside the authors' code."""
+    theirs = "a tenth of the learning rate after 100 and again after 150 of the 190"
+    if setting.get("final_course", {}).get("drops"):
+        return f"{theirs}, as there"
+    return f"one cycle of the learning rate in each (there: {theirs})"
 
 
 def _title(row: Mapping[str, Any]) -> str:

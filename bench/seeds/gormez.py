@@ -13,7 +13,7 @@ Killed, it goes on where it was.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Setting:
     *dense* epochs before any pruning; S2 fine-tunes *half* epochs in each step of both halves,
     S1 twice that in each of its steps. Of the filters' twins each step has *filter_epochs*, and
     both end on *filter_final* of S2's heads; each criterion has *criterion_epochs* in each step.
+    *course* are the keys of a recipe that say how the learning rate goes while dense.
     """
 
     net: kinds.Net
@@ -75,6 +76,7 @@ class Setting:
     batch: int = 128
     learning_rate: float = 0.1
     finetune_rate: float = 0.02
+    course: Mapping[str, Any] = field(default_factory=dict)
 
 
 # The paper's exits stand after blocks 4, 8, 12, 16, 20, 24 and 27 of 27: a third of that, rounded.
@@ -109,6 +111,8 @@ FULL = Setting(
     criterion_epochs=3,
     seeds=3,
     time_cap_s=60.0,
+    # Shallow-Deep Networks' code, whose network the paper takes.
+    course={"schedule": "steps", "drops": [0.35, 0.6, 0.85], "warmup": 0.0},
 )
 
 
@@ -136,6 +140,7 @@ def _seed_steps(setting: Setting, seed: int) -> list[Step]:
     tested = 9_806 if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "weight_decay": 5e-4}
     whole = {**part, "epochs": setting.dense, "learning_rate": setting.learning_rate}
+    whole |= setting.course
     weights = EXIT_WEIGHTS[-net.exits :]
 
     def dense(name: str, **training: Any) -> Step:
@@ -359,6 +364,10 @@ def _told(found: Mapping[str, Any]) -> str:
     net = setting["net"]
     places = ", ".join(map(str, net["blocks"]))
     epochs = setting["dense"] + 2 * setting["steps"] * setting["half"]
+    drops = " %, ".join(f"{100 * drop:.0f}" for drop in setting.get("course", {}).get("drops", ()))
+    course = f"a tenth after {drops} % of the dense epochs as SDN's code has it, then " * bool(
+        drops
+    )
     twins = setting["dense"] + setting["filter_steps"] * setting["filter_epochs"]
     twins += setting["filter_epochs"] + setting["filter_final"]
     return (
@@ -369,8 +378,8 @@ def _told(found: Mapping[str, Any]) -> str:
         f"pictures, {setting['seeds']} seeds. {epochs} epochs for either strategy: "
         f"{setting['dense']} dense, then {2 * setting['half']} in each of {setting['steps']} steps "
         f"for S1, {setting['half']} in each step of both halves for S2; {twins} epochs for either "
-        "twin. Not known from the paper, so ours: optimiser (SGD, one cycle, learning rate "
-        f"{setting['learning_rate']}, then {setting['finetune_rate']}), epochs, exit weights "
+        f"twin. Not known from the paper, so ours: optimiser (SGD, {course}one cycle, learning "
+        f"rate {setting['learning_rate']}, then {setting['finetune_rate']}), epochs, exit weights "
         "(SDN's while dense, then all 1) and the grid of thresholds.\n"
         + (
             ""

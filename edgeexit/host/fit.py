@@ -2,9 +2,9 @@
 Train a multi-exit network in place: epoch by epoch, phase by phase, the best epoch kept.
 
 Callers see Fit, Material, Influence, holdout_accuracies and accelerated. Hidden here: which parts
-move in which phase of a regime, the one-cycle schedule, and the rule which epoch is best (the
-exits' held-out accuracies, weighted as in the loss). Fit's state taken after an epoch and loaded
-into a new Fit computes what an uninterrupted one does.
+move in which phase of a regime, and the rule which epoch is best (the exits' held-out accuracies,
+weighted as in the loss). Fit's state taken after an epoch and loaded into a new Fit computes what
+an uninterrupted one does.
 """
 
 import copy
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported, UsageError
+from edgeexit.host.courses import COURSES
 from edgeexit.host.feed import batches, to_input
 from edgeexit.host.losses import equilibrium, exit_loss, ramped
 from edgeexit.host.material import Material as Material
@@ -181,6 +182,13 @@ class Fit:
             )
         self.plan = plan(part, where)
         choose(part.head_init, HEAD_INITS, "way to start exit heads")
+        self._course = choose(part.schedule, COURSES, "schedule of the learning rate")
+        if part.drops and not self._course.has_drops:
+            able = [name for name, course in COURSES.items() if course.has_drops]
+            raise UsageError(
+                f"{where}: training.drops: the schedule {part.schedule} has none",
+                hint=f"schedules that do: {', '.join(able)}",
+            )
         self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         self._needs: Needs | None = None
         self.epoch = 0
@@ -242,16 +250,7 @@ class Fit:
             nesterov=self.part.momentum > 0,
             weight_decay=self.part.weight_decay,
         )
-        # One step more than there are: the schedule's last value would stop all learning.
-        steps = epochs * self.batches + 1
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer,
-            self.part.learning_rate,
-            total_steps=steps,
-            # torch divides by zero where the warm-up is exactly the first step.
-            pct_start=0.0 if self.part.warmup * steps == 1 else self.part.warmup,
-            cycle_momentum=False,
-        )
+        self.schedule = self._course.make(self.optimizer, self.part, epochs * self.batches)
 
     def _start_heads(self) -> None:
         """Where the first phase begins that moves the heads: give them their first weights."""

@@ -6,6 +6,7 @@ that does not fit the kind of sample is refused before any work starts. docs/for
 ("Training recipe") is the description for people.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ class Augmentation:
 class TrainingPart:
     """
     How to train: see docs/formats.md. *exit_weights* is one number per exit, or empty: all 1;
-    *phase_shares* one per phase of the regime, or empty: the regime's own.
+    *phase_shares* one per phase of the regime, or empty: the regime's own. *drops* are shares of
+    each phase's steps, ascending, at which the *schedule* "steps" cuts the rate to a tenth.
     """
 
     epochs: int
@@ -71,7 +73,9 @@ class TrainingPart:
     seed: int = 0
     momentum: float = 0.9
     weight_decay: float = 0.0
+    schedule: str = "one-cycle"
     warmup: float = 0.2
+    drops: tuple[float, ...] = ()
     label_smoothing: float = 0.0
     exit_weights: tuple[float, ...] = ()
     ramp: bool = False
@@ -79,6 +83,18 @@ class TrainingPart:
     distillation: float = 0.0
     distillation_temperature: float = 1.0
     head_init: str = "random"
+
+    def to_document(self) -> dict[str, Any]:
+        """What training_part reads; what was added later is there only where it is used."""
+        document = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in vars(self).items()
+        }
+        plain = type(self)(epochs=self.epochs, learning_rate=self.learning_rate)
+        for key in ("schedule", "drops"):
+            if getattr(self, key) == getattr(plain, key):
+                del document[key]
+        return document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,10 +255,18 @@ def training_part(table: Table) -> TrainingPart:
             f"{table.where}.phase_shares: found {list(shares)}, expected numbers of 0 to 1000, "
             "one of them above 0"
         )
+    drops = tuple(table.list_of("drops", float)) if "drops" in table else ()
+    if any(not low < high for low, high in itertools.pairwise((0.0, *drops, 1.0))):
+        raise BadFile(
+            f"{table.where}.drops: found {list(drops)}, expected ascending shares above 0 and "
+            "below 1"
+        )
     return TrainingPart(
         epochs=_whole(table, "epochs", 1, 100_000),
         learning_rate=_within(table, "learning_rate", 1e-9, 100),
         regime=table.find("regime", str, "joint"),
+        schedule=table.find("schedule", str, "one-cycle"),
+        drops=drops,
         phase_shares=shares,
         patience=_whole(table, "patience", 0, 100_000, 0),
         batch=_whole(table, "batch", 2, 65_536, 128),

@@ -41,7 +41,8 @@ def _on_cpu(value: Any) -> Any:
         return value.cpu()
     if isinstance(value, dict):
         moved = copy.copy(value)  # a state_dict has more to it than its items
-        moved.update({key: _on_cpu(one) for key, one in value.items()})
+        for key, one in value.items():
+            moved[key] = _on_cpu(one)  # update() means something else to some dicts
         return moved
     if isinstance(value, list | tuple):
         return type(value)(_on_cpu(one) for one in value)

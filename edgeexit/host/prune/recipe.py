@@ -47,7 +47,7 @@ class PruneRecipe:
         }
         for key in ("data", "augmentation", "finetune", "final"):
             part = getattr(self, key)
-            document[key] = None if part is None else {k: _flat(v) for k, v in vars(part).items()}
+            document[key] = None if part is None else _plain(part)
         return digest_of(json_bytes(document))
 
     def to_document(self) -> dict[str, Any]:
@@ -60,12 +60,14 @@ class PruneRecipe:
         for key in ("augmentation", "finetune", "final"):
             part = getattr(self, key)
             if part is not None:
-                document[key] = {k: _flat(v) for k, v in vars(part).items()}
+                document[key] = _plain(part)
         return document
 
 
-def _flat(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _plain(part: DataPart | Augmentation | TrainingPart) -> dict[str, Any]:
+    if isinstance(part, TrainingPart):
+        return part.to_document()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(part).items()}
 
 
 def read_prune_recipe(path: Path) -> PruneRecipe:
