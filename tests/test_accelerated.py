@@ -175,7 +175,7 @@ def test_a_pruning_trains_there_and_scores_here(
     plan = replace(METHODS[name], round_to=1, samples=64, phase_epochs=2, **changes)
     if plan.target.what == "macs":
         plan = replace(plan, target=Target(what="macs", share=0.9))
-    recipe = prune_nets.recipe(samples, plan, finetune=replace(PART, epochs=2))
+    recipe = prune_nets.recipe(samples, plan, finetune=replace(PART, epochs=2, batch=100))
     with pytest.raises(KeyboardInterrupt):
         prune(dense, recipe, out, on_step=stop)
     state = torch.load(out.with_name("out.pt.state"), weights_only=True)
