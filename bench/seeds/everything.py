@@ -91,7 +91,7 @@ class Setting:
 NET = kinds.Net(depth=56, blocks=(9, 18), shortcut="A")
 SMALL = Setting(
     net=NET,
-    pictures=2_000,
+    pictures=5_000,
     ranges=1_000,
     test=None,
     head_epochs=4,
