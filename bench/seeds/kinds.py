@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 INPUT_SHAPE = (1, 3, SIDE, SIDE)
 BATCH = 250
 BUNDLE = "model.edgeexit"
+RECORD, PROFILE = "record.npz", "profile.json"
 # What a sample costs beside its forward: the backward in a training, nothing in a test.
 FORWARD = 1 / 3
 
@@ -112,10 +113,15 @@ class Net:
 
 @dataclass(frozen=True, kw_only=True)
 class Plain:
-    """A network of the zoo without early exits: a name of its FACTORIES, and their *kwargs*."""
+    """
+    A network of the zoo without early exits: a name of its FACTORIES, and their *kwargs*.
+
+    *slower*: how much longer its MACs take than those of 3x3 convolutions, for the estimate alone.
+    """
 
     factory: str
     kwargs: dict[str, Any]
+    slower: float = 1.0
 
     def build(self) -> Any:
         """A new one; torch's generator decides its weights."""
@@ -125,8 +131,8 @@ class Plain:
 
     @property
     def gmacs(self) -> float:
-        """Billions of MACs, counted."""
-        return self._graph.macs() / 1e9
+        """Billions of MACs of 3x3 convolutions that would take as long."""
+        return self.slower * self._graph.macs() / 1e9
 
     @cached_property
     def linear_layers(self) -> list[str]:
@@ -138,6 +144,12 @@ class Plain:
         probe = [(torch.zeros(INPUT_SHAPE), torch.zeros(1, dtype=torch.int64))]
         found = state_entropy(self.build(), self._graph, probe)
         return [name for name in self._graph.layers if name not in found]
+
+    @property
+    def only_ways(self) -> list[str]:
+        """Its layers outside of blocks that can go: emptied, one may cut the network in two."""
+        inside = {name for block in self._graph.blocks.values() for name in block.layers}
+        return [name for name in self._graph.layers if name not in inside]
 
     @cached_property
     def _graph(self) -> "Graph":
@@ -157,7 +169,8 @@ def plain_step(name: str, net: Plain, *, seed: int) -> Step:
         _write(job.folder / "model.pt", model, net.factory, net.kwargs)
         return _weights(model)
 
-    return Step(name=name, task={"net": asdict(net), "seed": seed}, run=run, extra_s=3.0)
+    task = {"factory": net.factory, "kwargs": net.kwargs, "seed": seed}
+    return Step(name=name, task=task, run=run, extra_s=3.0)
 
 
 def start_step(net: Net, *, seed: int) -> Step:
@@ -531,7 +544,7 @@ def answers_step(name: str, source: str, net: Costed, *, pictures: int) -> Step:
         test = _samples(job.of("data") / "test.npz")
         checkpoint = load_checkpoint(job.of(source) / "model.pt")
         logits = _float_logits(checkpoint.model, test, job)
-        costs, dense, layers = _macs(checkpoint.model)
+        costs, dense, layers = counted(checkpoint.model)
         total = sum(row["weights"] for row in layers.values())
         return {
             "accuracy": _save(job.folder, logits, test),
@@ -566,7 +579,7 @@ def _float_logits(model: Any, test: Samples, job: Job) -> NDArray[np.float32]:
     return np.concatenate(rows)
 
 
-def _macs(model: Any) -> tuple[Costs, dict[str, int], dict[str, dict[str, int]]]:
+def counted(model: Any) -> tuple[Costs, dict[str, int], dict[str, dict[str, int]]]:
     """
     Costs in MACs whose weights are not zero; dense MACs to reach each exit; layers' zeros.
     """
@@ -736,6 +749,8 @@ def _blurred(pixels: Any, deviation: float) -> Any:
 def int8_step(name: str, source: str, *, pictures: int) -> Step:
     """
     Convert the network of the step *source*; its accuracies as int8 on the test pictures.
+
+    The logits behind them stay beside the bundle, in record.npz.
     """
 
     def run(job: Job) -> dict[str, Any]:
@@ -747,17 +762,23 @@ def int8_step(name: str, source: str, *, pictures: int) -> Step:
         ranges = job.of("data") / "ranges.npz"
         bundle = convert(job.of(source) / "model.pt", target, ranges)
         job.tell("converted")
-        right = record(bundle, [test], on_step=lambda _: job.tell()).correct()
+        found = record(bundle, [test], on_step=lambda _: job.tell())
+        found.save(job.folder / RECORD)
+        right = found.correct()
         return {
             "accuracy": [class_mean(right[:, k], test.labels) for k in range(right.shape[1])],
             "bytes": (target / "model.tflite").stat().st_size,
         }
 
-    return Step(name=name, needs=("data", source), extra_s=60.0 + 0.003 * pictures, run=run)
+    return Step(name=name, needs=("data", source), extra_s=30.0 + 0.003 * pictures, run=run)
 
 
-def timed_step(name: str, source: str, *, time_cap_s: float) -> Step:
-    """Time every exit of the int8 network of the step *source* with the instrument."""
+def timed_step(name: str, source: str, *, time_cap_s: float, is_whole: bool = False) -> Step:
+    """
+    Time every exit of the int8 network of the step *source* with the instrument.
+
+    With *is_whole* also every set of exits that tune may keep, and each exit alone.
+    """
 
     def run(job: Job) -> dict[str, Any]:
         from edgeexit.bundle import load_bundle
@@ -770,11 +791,11 @@ def timed_step(name: str, source: str, *, time_cap_s: float) -> Step:
             bundle,
             "host",
             limits=Limits(processes=10, precision=0.005, time_cap_s=time_cap_s, block_ms=4.0),
-            sets=[bundle.exits, bundle.exits[-1:]],
+            sets=None if is_whole else [bundle.exits, bundle.exits[-1:]],
             notebook=notebook,
             resume=notebook.exists(),
             on_step=lambda _: job.tell(),
-            save=lambda profile: profile.save(job.folder / "profile.json"),
+            save=lambda profile: profile.save(job.folder / PROFILE),
         )
         cases = [profile.case(bundle.exits, exit) for exit in bundle.exits]
         latencies = [profile.latency(case) for case in cases if case is not None]
@@ -793,7 +814,7 @@ def timed_step(name: str, source: str, *, time_cap_s: float) -> Step:
     return Step(
         name=name,
         needs=(source,),
-        task={"time_cap_s": time_cap_s},
+        task={"time_cap_s": time_cap_s, **({"is_whole": True} if is_whole else {})},
         extra_s=20.0 + time_cap_s,
         is_timing=True,
         run=run,
