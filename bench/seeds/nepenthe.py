@@ -406,14 +406,14 @@ def _told(found: Mapping[str, Any]) -> str:
         "estimator are those of its published code; NEPENTHE's estimator is our reading of its "
         "text and reviews. Ours: one weight of a layer always stays, one cycle of the learning "
         f"rate, entropies over all pictures at once; an activation of at most {LINEAR_BITS} bits "
-        "is taken out only where two layers then fold exactly into one of fewer MACs. Blocks: the "
-        "one whose absence changes the answers least (KL) goes, then the next; compared where "
-        "their accuracy is nearest to that of EGP, folded.\n"
+        "(NEPENTHE's estimator) is taken out only where two layers then fold exactly into one of "
+        "fewer MACs. Blocks: the one whose absence changes the answers least (KL) goes, then the "
+        "next; compared where their accuracy is nearest to that of EGP, folded.\n"
     )
 
 
 def _costs(found: Mapping[str, Any]) -> list[list[str]]:
-    head = ["", "top-1 %", "million MACs", "parameters not zero", "linear, of activations"]
+    head = ["", "top-1 %", "million MACs", "parameters not zero", f"at or under {LINEAR_BITS} bits"]
     rows = [[*head, "folds", "int8 top-1 %", "int8 ms"]]
     for name, net in found["nets"].items():
         for made, title in TIMED.items():
@@ -443,7 +443,7 @@ def _ms(net: Mapping[str, Any], made: str) -> list[float]:
     return [one["measured"]["ms"][-1] for one in net["int8"][made]]
 
 
-def _linear(states: Mapping[str, Any], estimator: str = "egp") -> int:
+def _linear(states: Mapping[str, Any], estimator: str = "nepenthe") -> int:
     return sum(bits <= LINEAR_BITS for bits in states["bits"][estimator])
 
 
