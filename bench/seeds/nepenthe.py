@@ -54,12 +54,17 @@ BLOCK_CRITERION = "kl"
 ESTIMATORS = ("egp", "nepenthe")
 LINEAR_BITS = 0.05  # a layer of at most so much mean state entropy counts as linear
 SAME = 0.02  # milliseconds or MACs nearer to the dense network's than this are called the same
+BATCH = 128
 TIMED = {"dense": "dense", "folded": "EGP, folded", "blocks": "blocks removed"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """One network: *title*, how it is trained, and how many *blocks* are taken at most."""
+    """
+    One network: *title*, how it is trained, and how many *blocks* are taken at most.
+
+    The learning rates are those for batches of BATCH; others have theirs in proportion.
+    """
 
     title: str
     net: kinds.Plain
@@ -89,7 +94,7 @@ class Setting:
     seen: int
     seeds: int
     time_cap_s: float
-    batch: int = 128
+    batch: int = BATCH
     weight_decay: float = 1e-4
 
 
@@ -140,6 +145,7 @@ def small() -> Setting:
         seen=1_000,
         seeds=2,
         time_cap_s=15.0,
+        batch=64,
     )
 
 
@@ -191,8 +197,9 @@ def _run_steps(setting: Setting, place: str, seed: int) -> list[Step]:
     net, pictures = subject.net, setting.pictures
     tested = 9_806 if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "weight_decay": setting.weight_decay}
-    dense = {**part, "epochs": setting.dense, "learning_rate": subject.learning_rate}
-    again = {**part, "epochs": setting.epochs, "learning_rate": subject.finetune_rate}
+    scale = setting.batch / BATCH
+    dense = {**part, "epochs": setting.dense, "learning_rate": scale * subject.learning_rate}
+    again = {**part, "epochs": setting.epochs, "learning_rate": scale * subject.finetune_rate}
     again["warmup"] = 0.1
 
     def pruned(name: str, source: str, epochs: float, **plan: Any) -> Step:
