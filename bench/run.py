@@ -210,6 +210,7 @@ def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
 
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
 PAPERS = {
+    "seeds-worth": "Is it worth it? Pruning and early exit on CIFAR-10",
     "seeds-gormez": "Pruning and early exit, by Görmez & Koyuncu's two strategies",
     "seeds-everything": "Blocks or filters, by Pruning Everything, Everywhere, All at Once",
     "seeds-nepenthe": "Fewer layers by state entropy, by EGP and NEPENTHE",

@@ -3,7 +3,9 @@ How numbers stand in the papers' sections of docs/results.md: grids, spreads ove
 """
 
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +54,7 @@ def figure(
 
     *marks* are points. Equal arguments give equal bytes. Needs the extra `plot`.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "edgeexit", "svg.fonttype": "none", "font.size": 9.0}):
-        drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = drawn.subplots()
+    with _axes(path, title, cost, accuracy) as axes:
         for (name, one), (colour, line) in zip(lines.items(), _LOOKS, strict=False):
             axes.fill_between(one.costs, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
             axes.plot(one.costs, one.mean, linestyle=line, color=colour, label=name)
@@ -65,6 +62,52 @@ def figure(
             axes.plot(place, height, "o", color=BLACK, markersize=4)
         if is_logarithmic:
             axes.set_xscale("log")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Points of one kind, each with a name beside it ("": none); *is_line* joins them."""
+
+    costs: Sequence[float]
+    accuracies: Sequence[float]
+    names: Sequence[str]
+    is_line: bool = False
+
+
+_MARKERS = ("o", "s", "D", "^", "v")
+
+
+def points(
+    path: Path, groups: Mapping[str, Points], *, title: str, cost: str, accuracy: str
+) -> None:
+    """
+    Draw *groups* of points as an SVG; *cost* and *accuracy* name the axes.
+
+    Equal arguments give equal bytes. Needs the extra `plot`.
+    """
+    with _axes(path, title, cost, accuracy) as axes:
+        looks = zip(_LOOKS, _MARKERS, strict=True)
+        for (name, one), ((colour, _), marker) in zip(groups.items(), looks, strict=False):
+            line = "-" if one.is_line else ""
+            axes.plot(
+                one.costs, one.accuracies, line, marker=marker, ms=5, color=colour, label=name
+            )
+            for place, height, text in zip(one.costs, one.accuracies, one.names, strict=True):
+                axes.annotate(
+                    text, (place, height), (5, -9), textcoords="offset points", fontsize=7
+                )
+
+
+@contextmanager
+def _axes(path: Path, title: str, cost: str, accuracy: str) -> Iterator[Any]:
+    """Axes to draw on; they lie in *path* afterwards."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "edgeexit", "svg.fonttype": "none", "font.size": 9.0}):
+        drawn = Figure(figsize=(6.4, 4.2), layout="constrained")
+        axes = drawn.subplots()
+        yield axes
         axes.set_xlabel(cost)
         axes.set_ylabel(accuracy)
         axes.set_title(title)

@@ -90,7 +90,7 @@ class Step:
     *task* holds, as plain values, everything besides these that the result depends on. *gmacs*
     and *extra_s* say how long it takes: forward MACs in billions, and seconds that do not depend
     on the machine's speed. What *is_timing* wants the machine for itself: it comes after all
-    others, and no other step needs it. *run* returns the result as plain values; what it says
+    others, and none of those needs it. *run* returns the result as plain values; what it says
     under "measured" need not agree between two runs.
     """
 
