@@ -266,7 +266,7 @@ def test_the_page_says_what_was_reached() -> None:
     text = worth.page(made_up(3.2, -0.001, 0.925, refused=("small",)))
     assert "Every bar is reached." in text
     assert "| 92.4% | 92.50% | yes |" in text
-    beside = "3.20 (2.88 .. 3.52)x than ResNet-56, -0.10 ± 0.20 points on `report`"
+    beside = "3.20x (2.88 .. 3.52) faster than ResNet-56, -0.10 ± 0.20 points on `report`"
     assert f"{beside}; certified | yes |" in text
     assert (
         "| yes, the goal too, without a certificate (not certifiable with 3,502 samples) |" in text

@@ -106,7 +106,7 @@ def _bar_rows(found: Mapping[str, Any], run: Mapping[str, Any]) -> list[list[str
         rows.append(
             [
                 f"faster than {_against_text(found, ask, '')}",
-                f"{bar['wanted']:g}x{goal}, at most {100 * bar['level']:g} points lost",
+                f"{bar['wanted']:g}x{goal}, at most {_level(bar['level'])} lost",
                 _bar_found(bar),
                 _bar_verdict(bar),
             ]
@@ -118,7 +118,7 @@ def _bar_found(bar: Mapping[str, Any]) -> str:
     if bar["policy"] is None:
         return "no policy"
     return (
-        f"{_ranged(bar['faster'])}x than {_title(bar['rival'])}, "
+        f"{_ratio(bar['faster'])} faster than {_title(bar['rival'])}, "
         f"{_points(bar)} points on `report`; "
         f"{'certified' if bar['certified'] else 'not certified'}"
     )
@@ -213,8 +213,11 @@ def _policy_rows(found: Mapping[str, Any], run: Mapping[str, Any]) -> list[list[
 
 def _asked_text(found: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     ask = _ask_of(found, row["ask"])
-    points = f"{100 * row['level']:g} point{'s' * (row['level'] != 0.01)}"
-    return f"{points} below {_against_text(found, ask, row['against'])}"
+    return f"{_level(row['level'])} below {_against_text(found, ask, row['against'])}"
+
+
+def _level(level: float) -> str:
+    return f"{100 * level:g} point{'s' * (level != 0.01)}"
 
 
 def _refused_told(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
@@ -236,12 +239,17 @@ def _ranged(figure: Mapping[str, float], digits: int = 2) -> str:
     return f"{median} ({low} .. {high})"
 
 
+def _ratio(figure: Mapping[str, float]) -> str:
+    median, low, high = (f"{figure[key]:.2f}" for key in ("median", "min", "max"))
+    return f"{median}x ({low} .. {high})"
+
+
 def _points(beside: Mapping[str, Any]) -> str:
     return f"{100 * beside['lead']:+.2f} ± {100 * beside['error']:.2f}"
 
 
 def _beside(beside: Mapping[str, Any]) -> str:
-    return f"{_ranged(beside['faster'])} [{_points(beside)}]"
+    return f"{_ratio(beside['faster'])} [{_points(beside)}]"
 
 
 def draw(found: Mapping[str, Any], folder: Path) -> None:
@@ -259,7 +267,7 @@ def draw(found: Mapping[str, Any], folder: Path) -> None:
             {title: _drawn(some) for title, some in groups.items() if some},
             title=f"Pruning and early exit, CIFAR-10, {found['setting']['epochs']} epochs",
             cost="mean ms an answer, int8, measured",
-            accuracy="accuracy on `report`, class mean",
+            accuracy="accuracy on report, class mean",
         )
 
 
