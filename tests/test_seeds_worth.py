@@ -144,9 +144,9 @@ def test_what_is_told_of_a_policy_is_what_its_bundle_does(
         if one["refused"] is not None:
             continue
         folder = work / "0/tuned" / one["key"]
-        cut = folder / "cut.edgeexit"
-        path = cut if cut.exists() else work / "0/trained-int8" / kinds.BUNDLE
         policy = Policy.load(folder / worth.POLICY)
+        is_cut = policy.kept != policy.exits
+        path = folder / worth.CUT if is_cut else work / "0/trained-int8" / kinds.BUNDLE
         assert list(policy.kept) == one["kept"]
         runner = Runner(load_bundle(path), policy=policy)
         found = [runner(sample) for sample in arrays.get("samples")[rows]]

@@ -88,14 +88,20 @@ def points(
     with _axes(path, title, cost, accuracy) as axes:
         looks = zip(_LOOKS, _MARKERS, strict=True)
         for (name, one), ((colour, _), marker) in zip(groups.items(), looks, strict=False):
-            line = "-" if one.is_line else ""
             axes.plot(
-                one.costs, one.accuracies, line, marker=marker, ms=5, color=colour, label=name
+                one.costs,
+                one.accuracies,
+                linestyle="-" if one.is_line else "none",
+                marker=marker,
+                markersize=5,
+                color=colour,
+                label=name,
             )
             for place, height, text in zip(one.costs, one.accuracies, one.names, strict=True):
                 axes.annotate(
                     text, (place, height), (5, -9), textcoords="offset points", fontsize=7
                 )
+        axes.margins(x=0.15)
 
 
 @contextmanager

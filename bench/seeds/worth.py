@@ -58,6 +58,7 @@ PRUNE = CHECKOUT / "examples/cifar-prune.toml"
 TRAIN = CHECKOUT / "examples/cifar-train.toml"
 
 LEDGER, POLICY, LEAVES, PLAN = "ledger.json", "policy.json", "leaves.npz", "plan.json"
+CUT = "cut.edgeexit"
 # What a policy without a certificate is still tested at: as likely kept as not.
 COIN = 0.5
 # Those with a bar first: a later use of the certificate risks less.
@@ -302,7 +303,7 @@ def _tuned_step(setting: Setting, seed: int) -> Step:
                 folder = job.folder / row["key"]
                 found.policy.save(folder / POLICY)
                 if found.policy.kept != bundle.exits:
-                    recut(bundle, found.policy.kept, folder / "cut.edgeexit")
+                    recut(bundle, found.policy.kept, folder / CUT)
                 leaves[row["key"]] = _leaves(found, record)
                 job.tell(f"{row['key']}: {', '.join(found.policy.kept)}")
         write_file(job.folder / LEAVES, npz_bytes(leaves))
@@ -413,14 +414,15 @@ def _race_step(setting: Setting, seed: int, tested: int) -> Step:
         runners: dict[str, tuple[Path, Path | None]] = {
             key: (job.of(f"{name}-int8") / kinds.BUNDLE, None) for key, name in statics.items()
         }
-        for k, name in enumerate(job.result_of(alone)["exits"]):
+        exits = job.result_of(alone)["exits"]
+        for k, name in enumerate(exits):
             runners[name] = (job.of(alone) / f"{k}.edgeexit", None)
+        whole = job.of(trained) / kinds.BUNDLE
         for row in job.result_of(tuned)["measured"]["rows"]:
             folder = job.of(tuned) / row["key"]
             if row["refused"] is None:
-                cut = folder / "cut.edgeexit"
-                whole = job.of(trained) / kinds.BUNDLE
-                runners[row["key"]] = (cut if cut.exists() else whole, folder / POLICY)
+                bundle = whole if row["kept"] == exits else folder / CUT
+                runners[row["key"]] = (bundle, folder / POLICY)
         plan = {
             "pictures": str(job.of("data") / "test.npz"),
             "runners": {
