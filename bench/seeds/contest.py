@@ -44,7 +44,6 @@ class Ask:
     goal: float = 0.0
 
 
-# Those with a bar first: a later use of the certificate risks less.
 def parts_of(ids: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """
     Which of the pictures *ids* are for what: split -> their positions, rising.
