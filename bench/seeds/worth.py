@@ -84,9 +84,9 @@ class Setting:
     pictures: int = 48_129
     ranges: int = 1_000
     test: int | None = None
-    at: tuple[str, ...] = ("blocks.7", "blocks.12", "blocks.19")
+    at: tuple[str, ...] = ("blocks.7", "blocks.14", "blocks.19")
     widths: tuple[tuple[int, ...], ...] = ((32, 64), (64, 64), (64,))
-    epochs: int = 12
+    epochs: int = 40
     seeds: int = 1
     rivals: tuple[int, ...] = (20, 32, 44)
     time_cap_s: float = 60.0
