@@ -274,8 +274,9 @@ def test_the_page_says_what_was_reached() -> None:
     assert (
         "- Not certifiable with 3,502 samples (use 1): 0.3 points below ResNet-20. too few." in text
     )
-    assert "12 epochs of `cifar-train.toml` on 48,129 pictures" in text
-    assert "trains 200 epochs instead of 12" in text
+    epochs = worth.SMALL.epochs
+    assert f"{epochs} epochs of `cifar-train.toml` on 48,129 pictures" in text
+    assert f"trains 200 epochs instead of {epochs}" in text
     assert "120 minutes of wall time, all steps 2.5 hours" in text
     assert "0.3 points below the best static point (`exit1` alone) | yes, use 1 |" in text
     assert "Profiles behind the milliseconds: 1 clean." in text
