@@ -115,8 +115,14 @@ def test_heads_are_as_wide_as_one_says(here: Path) -> None:
 
     each = attach_exits("net.pt", "each.pt", widths=[[6, 10], [12]], **given)
     one = attach_exits("net.pt", "one.pt", widths=[[6]], **given)
+    given["at"] = given["at"][::-1]
+    turned = attach_exits("net.pt", "turned.pt", widths=[[12], [6, 10]], **given)
 
-    for found, wanted in ((each, [[6, 10], [12]]), (one, [[6], [6]])):
+    for found, wanted in (
+        (each, [[6, 10], [12]]),
+        (one, [[6], [6]]),
+        (turned, [[6, 10], [12]]),  # each list belongs to the exit that was named with it
+    ):
         again = load_checkpoint(found.path)
         assert again.attached is not None
         assert again.attached["widths"] == wanted
@@ -130,8 +136,11 @@ def test_heads_are_as_wide_as_one_says(here: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--head", "convs", "--widths", "6,0"], "--widths 6,0: expected numbers from 1 to 4096"),
-        (["--head", "convs", "--widths", "6,x"], "--widths 6,x: expected numbers from 1 to 4096"),
+        (["--head", "convs", "--widths", "6,0"], "widths: found 6, 0, expected at most 8 numbers"),
+        (["--head", "convs", "--widths", "4097"], "numbers from 1 to 4096"),
+        (["--head", "convs", "--widths", "1,1,1,1,1,1,1,1,1"], "expected at most 8 numbers"),
+        (["--head", "convs", "--widths", ",".join(["4096"] * 8)], "weights, expected at most"),
+        (["--head", "convs", "--widths", "6,x"], "--widths 6,x: expected whole numbers"),
         (["--head", "convs", *["--widths", "6"] * 3], "widths: found 3 lists, expected 2"),
         (["--widths", "6"], "widths: a head of the kind 'average' has none"),
         (["--list", "--widths", "6"], "--list only shows places"),

@@ -22,13 +22,23 @@ from edgeexit.errors import Unsupported, UsageError
 from edgeexit.files import check_output
 from edgeexit.host.answers import RealSamples
 from edgeexit.host.assess import Interval, int8_bundle, measured
-from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
+from edgeexit.host.checkpoint import (
+    MAX_HEAD_CONVS,
+    Checkpoint,
+    Purpose,
+    load_checkpoint,
+    save_again,
+)
+from edgeexit.host.graph import parameters
 from edgeexit.host.model import HEADS, WITH_WIDTHS, Attached, attach, tapped
 from edgeexit.host.taps import choose_taps, costs, tap_points, trial
+from edgeexit.host.zoo import MAX_WIDTH
 from edgeexit.names import choose
 
 DEFAULT_EXITS = 3
 MOST_MEASURED = 12
+# Of all new heads together: what a typing error asks for shall not fill the memory.
+MOST_WEIGHTS = 2**26
 SEED = 0
 OnStep = Callable[[str, float], None]
 
@@ -86,10 +96,10 @@ def attach_exits(
 
     They sit behind the modules *at*, or at *exits* tap points (default: three) as choose_taps
     places them; *head* is a key of model.HEADS. *widths* are the stride-2 convolutions of heads
-    that have such, one list for all exits or one for each (default: down to 4x4 places, no wider
-    than the map). *arch* and *calibration* as in convert; *out* is by default NAME-exits.pt
-    beside *path*, and replaced only if *again*. Equal arguments give equal bytes. With
-    *is_measured* the new network's int8 latency on this machine is measured.
+    that have such, one list for all exits or one for each in the order of *at* (default: down to
+    4x4 places, no wider than the map). *arch* and *calibration* as in convert; *out* is by
+    default NAME-exits.pt beside *path*, and replaced only if *again*. Equal arguments give equal
+    bytes. With *is_measured* the new network's int8 latency on this machine is measured.
 
     UsageError for wrong names and absent files, BadFile for damaged ones, Unsupported for
     networks that have exits or take none, DeviceError if measuring fails, StorageError.
@@ -99,6 +109,7 @@ def attach_exits(
     target = path.with_name(f"{path.stem}-exits.pt") if out is None else Path(out)
     check_output(target, path)
     choose(head, HEADS, "kind of exit head")
+    _check_widths(widths or [])
     if at is not None and exits is not None:
         raise UsageError("both the exits' modules and their number are given, expected one")
     step("load", 0.0)
@@ -111,6 +122,8 @@ def attach_exits(
     step("load", 1.0)
     step("find places", 0.0)
     names = _places(checkpoint, at, exits)
+    if at is not None and widths is not None and 1 < len(widths) == len(names):
+        widths = [widths[list(at).index(name)] for name in names]  # earliest first, as they
     model, attached = _with_heads(checkpoint, names, head, widths)
     bare, heads, total = costs(model, checkpoint.input_shape)
     for k, (one, other) in enumerate(pairwise(bare)):
@@ -209,6 +222,15 @@ def _load(path: Path, arch: str | None, calibration: str | None) -> Checkpoint:
     return load_checkpoint(path, arch=arch, purpose=purpose)
 
 
+def _check_widths(widths: Sequence[Sequence[int]]) -> None:
+    for row in widths:
+        if len(row) > MAX_HEAD_CONVS or not all(1 <= width <= MAX_WIDTH for width in row):
+            raise UsageError(
+                f"widths: found {', '.join(map(str, row))}, expected at most {MAX_HEAD_CONVS} "
+                f"numbers from 1 to {MAX_WIDTH}"
+            )
+
+
 def _places(checkpoint: Checkpoint, at: Sequence[str] | None, exits: int | None) -> list[str]:
     model, input_shape = checkpoint.model, checkpoint.input_shape
     if at is None:
@@ -242,11 +264,27 @@ def _with_heads(
         )
     else:
         widths = [list(row) for row in (given if len(given) > 1 else [*given] * len(at))]
+
+    def attached_on(device: str | None) -> Attached:
+        return attach(
+            checkpoint.model,
+            at,
+            input_shape=checkpoint.input_shape,
+            head=head,
+            widths=widths,
+            device=device,
+        )
+
+    weights = parameters(attached_on("meta").heads)
+    if weights > MOST_WEIGHTS:
+        raise UsageError(
+            f"widths: the new heads would have {weights:,} weights, expected at most "
+            f"{MOST_WEIGHTS:,}",
+            hint="an exit pays where its head costs less than going on: choose narrower ones",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        model = attach(
-            checkpoint.model, at, input_shape=checkpoint.input_shape, head=head, widths=widths
-        )
+        model = attached_on(None)
     attached: dict[str, Any] = {"at": list(at), "head": head, "widths": widths}
     if checkpoint.surgery:
         attached["surgery"] = list(checkpoint.surgery)
