@@ -264,6 +264,13 @@ def test_the_clock_goes_on_after_an_interruption(tmp_path: Path) -> None:
     assert not (tmp_path / "a/.seconds").exists()
 
 
+@pytest.mark.parametrize("clock", ["nan", "inf", "-5", "1e400", "soon", ""])
+def test_a_damaged_clock_starts_anew(tmp_path: Path, clock: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/.seconds").write_text(clock)
+    assert 0 <= steps.run_table(plain_table(plain("a")), tmp_path)["wall_s"] < 10
+
+
 # ---------------------------------------------------------------- one line
 
 
@@ -320,6 +327,62 @@ def test_too_few_pictures_are_one_line(
     code, line = refused(capsys, lambda *_: plain_table(many), "--work", str(tmp_path))
     assert code == 2
     assert "980 lossless pictures, 1 behind the first 980" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (None, "not valid JSON"),
+        ({"format": 2}, "made by another plan (format differs)"),
+        ({"wall_s": "long"}, "wall_s: expected float"),
+        ({"wall_s": -1.0}, "wall_s: found -1, expected seconds"),
+        ({"wall_s": 1e300}, "wall_s: found 1e+300, expected seconds"),
+        ({"result": [1]}, "result: expected dict"),
+    ],
+)
+@pytest.mark.parametrize("only_listed", [False, True])
+def test_a_damaged_step_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any] | None,
+    says: str,
+    only_listed: bool,
+) -> None:
+    table = plain_table(plain("a", gmacs=1.0))
+    steps.run_table(table, tmp_path)
+    path = tmp_path / "a/step.json"
+    whole = path.read_text()
+    path.write_text(
+        whole[:-20] if changes is None else json.dumps({**json.loads(whole), **changes})
+    )
+    args = ["--steps"] if only_listed else []
+    capsys.readouterr()
+    made = steps.command("A table.", "bench/x.py", lambda *_: table)
+    assert steps.main(made, [*args, "--work", str(tmp_path)]) == 3
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"Error: {path}: ")
+    assert says in error
+    assert hint.startswith(f"Hint: remove {path.parent} to make it again")
+
+
+def test_a_file_in_the_place_of_the_work_folder_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").write_text("")
+    for args in ([], ["--steps"], ["--later"]):
+        place = ["--work", str(tmp_path / "x")]
+        code, line = refused(capsys, lambda *_: plain_table(plain("a")), *args, *place)
+        assert code == 2
+        assert "--work" in line
+
+
+def test_the_call_that_is_left_is_told_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = steps.command("A table.", "bench/x.py", lambda *_: plain_table(plain("a")))
+    assert steps.main(made, ["--full", "--seeds", "2", "--later", "--work", str(tmp_path)]) == 0
+    said = capsys.readouterr().out.strip()
+    assert said.endswith(f": python bench/x.py --full --seeds 2 --work {tmp_path}")
 
 
 def test_a_full_disk_is_one_line(

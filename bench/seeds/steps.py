@@ -22,7 +22,7 @@ from common import RESULTS, machine
 
 from edgeexit import __version__
 from edgeexit.cli import guarded
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, UsageError, hinting
 from edgeexit.files import check_output, digest_of, json_bytes, read_json, write_file
 from edgeexit.locks import hold
 
@@ -33,6 +33,7 @@ PACKAGES = ("torch", "numpy", "ai-edge-litert", "litert-torch", "ai-edge-quantiz
 # cores of the machine this was written on.
 FIRST_RATE = 20.0
 _WRITE_CLOCK_S = 5.0
+_MOST_S = 1e9
 # What two runs with one seed need not agree in.
 _PASSING = ("wall_s", "machine", "measured")
 
@@ -49,9 +50,10 @@ class Job:
         self._clock = self.folder / ".seconds"
         self._started, self._written = time.monotonic(), -_WRITE_CLOCK_S
         try:
-            self._before = float(self._clock.read_text())
+            before = float(self._clock.read_text())
         except (OSError, ValueError):
-            self._before = 0.0
+            before = 0.0
+        self._before = before if 0 <= before < _MOST_S else 0.0
 
     def of(self, name: str) -> Path:
         """The folder of the step *name*, which this one must need."""
@@ -145,14 +147,18 @@ def _finished(
     path = work / step.name / "step.json"
     if not path.exists() or not all(name in done for name in step.needs):
         return None
-    document = dict(read_json(path).values)
-    plan = _plan(step, done)
-    differs = [key for key, value in plan.items() if document.get(key) != value]
-    if differs or not {"result", "wall_s"} <= document.keys():
-        raise BadFile(
-            f"{path}: made by another plan ({', '.join(differs) or 'what came out'} differs)",
-            hint=f"remove {path.parent} to make it again, or name another folder with --work",
-        )
+    again = f"remove {path.parent} to make it again, or name another folder with --work"
+    with hinting(again):
+        read = read_json(path)
+        document = dict(read.values)
+        plan = _plan(step, done)
+        differs = [key for key, value in plan.items() if document.get(key) != value]
+        if differs:
+            raise BadFile(f"{path}: made by another plan ({', '.join(differs)} differs)")
+        read.table("result")
+        wall_s = read.get("wall_s", float)
+        if not 0 <= wall_s < _MOST_S:
+            raise BadFile(f"{path}: wall_s: found {wall_s:g}, expected seconds, 0 or more")
     return document
 
 
@@ -255,6 +261,7 @@ def _clock(seconds: float) -> str:
 # ---------------------------------------------------------------- the command
 
 
+_FOLDER = click.Path(file_okay=False, path_type=Path)
 # (--full, --seeds, --data) -> what is to be done
 Make = Callable[[bool, int | None, Path | None], Table]
 
@@ -285,8 +292,8 @@ def command(doc: str, script: str, make: Make) -> click.Command:
     @click.option("--steps", is_flag=True, help="only list what is done and what is left")
     @click.option("--later", is_flag=True, help="leave the timing for a call on a quiet machine")
     @click.option("--seeds", type=click.IntRange(1, 100), help="how many seeds")
-    @click.option("--data", type=click.Path(path_type=Path), help="folder of cifar10/ and its list")
-    @click.option("--work", type=click.Path(path_type=Path), help=f"default {RUNS}/NAME")
+    @click.option("--data", type=_FOLDER, help="folder of cifar10/ and its list")
+    @click.option("--work", type=_FOLDER, help=f"default {RUNS}/NAME")
     def called(
         full: bool,
         steps: bool,
@@ -300,13 +307,15 @@ def command(doc: str, script: str, make: Make) -> click.Command:
         if steps:
             click.echo(listing(table, folder))
             return
-        if later:
-            run_steps(table, folder, is_timed=False)
-            click.echo(f"all but the timing is done: python {script} on a quiet machine ends it")
-            return
-        document = run_table(table, folder)
         said = " ".join(["python", script, *(["--full"] if full else [])])
         said += f" --seeds {seeds}" if seeds else ""
+        if later:
+            run_steps(table, folder, is_timed=False)
+            places = {"--data": data, "--work": work}
+            rest = [f" {name} {place}" for name, place in places.items() if place is not None]
+            click.echo(f"all but the timing is done; on a quiet machine: {said}{''.join(rest)}")
+            return
+        document = run_table(table, folder)
         whole = {"command": said, "machine": machine(), **document}
         target = RESULTS / f"{table.name}.json"
         write_file(target, (json.dumps(whole, indent=1) + "\n").encode())
