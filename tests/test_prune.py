@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,32 @@ def test_a_wrong_recipe_is_refused(tmp_path: Path, old: str, new: str, says: str
 
     assert isinstance(found.value, BadFile | UsageError)
     assert says in f"{found.value} {found.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schedule": "cosine"}, "schedule of the learning rate"),
+        ({"drops": (0.5,)}, "recipe: {key}.drops: the schedule one-cycle has none"),
+        ({"regime": "none"}, "training regime"),
+        ({"head_init": "none"}, "way to start exit heads"),
+        ({"phase_shares": (1.0, 1.0)}, "recipe: {key}.phase_shares: found"),
+        ({"exit_weights": (1.0,)}, "recipe: {key}.exit_weights: found 1"),
+        ({"batch": 60_000}, "recipe: {key}.batch: found 60000"),
+    ],
+)
+@pytest.mark.parametrize("key", ["finetune", "final"])
+def test_a_training_that_cannot_be_is_refused_before_anything_is_done(
+    folder: Path, tmp_path: Path, key: str, change: dict[str, Any], says: str
+) -> None:
+    wrong = replace(recipe(folder), **{key: replace(PART, **change)})
+
+    def never(progress: Progress) -> None:
+        raise AssertionError(progress)
+
+    with pytest.raises((BadFile, UsageError), match=says.format(key=key)):
+        prune(folder / "net.pt", wrong, tmp_path / "out.pt", on_step=never)
+    assert not list(tmp_path.glob("out.pt*"))
 
 
 def test_a_layer_to_protect_that_is_not_there(folder: Path, tmp_path: Path) -> None:

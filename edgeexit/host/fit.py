@@ -141,6 +141,33 @@ def lay_out(model: nn.Module, probe: torch.Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
+def check_training(part: TrainingPart, *, exits: int, samples: int, where: str) -> None:
+    """
+    Refuse a *part* that cannot train a network of so many *exits* on so many *samples*.
+
+    *where* names its table. UsageError for unknown names, numbers that do not go together with
+    them and too few samples, BadFile for numbers that are not one for each exit or phase.
+    """
+    if part.exit_weights and len(part.exit_weights) != exits:
+        raise BadFile(
+            f"{where}.exit_weights: found {len(part.exit_weights)}, the network has {exits} exits"
+        )
+    if part.batch > samples:
+        raise UsageError(
+            f"{where}.batch: found {part.batch}, but there are {samples} training samples",
+            hint="more samples, fewer held out, or a smaller batch (in a recipe: batch = ...)",
+        )
+    plan(part, where)
+    choose(part.head_init, HEAD_INITS, "way to start exit heads")
+    course = choose(part.schedule, COURSES, "schedule of the learning rate")
+    if part.drops and not course.has_drops:
+        able = [name for name, course in COURSES.items() if course.has_drops]
+        raise UsageError(
+            f"{where}.drops: the schedule {part.schedule} has none",
+            hint=f"schedules that do: {', '.join(able)}",
+        )
+
+
 class Fit:
     """
     One training under way: the network, its optimizer, and the best weights so far.
@@ -168,27 +195,12 @@ class Fit:
         self._format = lay_out(model, self._probe)
         self.exits = self._check_model()
         self.weights = list(part.exit_weights) or [1.0] * len(self.exits)
-        if len(self.weights) != len(self.exits):
-            raise BadFile(
-                f"{where}: training.exit_weights: found {len(self.weights)}, "
-                f"the network has {len(self.exits)} exits"
-            )
+        check_training(
+            part, exits=len(self.exits), samples=len(material.training), where=f"{where}: training"
+        )
         self.batches = len(material.training) // part.batch
-        if not self.batches:
-            raise UsageError(
-                f"{where}: training.batch: found {part.batch}, but there are "
-                f"{len(material.training)} training samples",
-                hint="more samples, fewer held out, or a smaller batch (in a recipe: batch = ...)",
-            )
-        self.plan = plan(part, where)
-        choose(part.head_init, HEAD_INITS, "way to start exit heads")
-        self._course = choose(part.schedule, COURSES, "schedule of the learning rate")
-        if part.drops and not self._course.has_drops:
-            able = [name for name, course in COURSES.items() if course.has_drops]
-            raise UsageError(
-                f"{where}: training.drops: the schedule {part.schedule} has none",
-                hint=f"schedules that do: {', '.join(able)}",
-            )
+        self.plan = plan(part, f"{where}: training")
+        self._course = COURSES[part.schedule]
         self._trainable = {n: p.requires_grad for n, p in model.named_parameters()}
         self._needs: Needs | None = None
         self.epoch = 0

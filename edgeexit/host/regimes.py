@@ -39,19 +39,22 @@ REGIMES: dict[str, tuple[Phase, ...]] = {
 
 
 def plan(part: TrainingPart, where: str) -> list[tuple[Phase, int]]:
-    """The phases of the regime with their epochs, which sum up to part.epochs."""
+    """
+    The phases of the regime with their epochs, which sum up to part.epochs.
+
+    *where* names the table of *part* in errors.
+    """
     phases = choose(part.regime, REGIMES, "training regime")
     shares = list(part.phase_shares) or [phase.share for phase in phases]
     if len(shares) != len(phases) or not sum(shares):
         raise BadFile(
-            f"{where}: training.phase_shares: found {shares}, the regime {part.regime} has "
+            f"{where}.phase_shares: found {shares}, the regime {part.regime} has "
             f"{len(phases)} phases: {', '.join(phase.name for phase in phases)}"
         )
     used = [(phase, share) for phase, share in zip(phases, shares, strict=True) if share]
     if 0 < part.epochs < len(used):
         raise BadFile(
-            f"{where}: training.epochs: found {part.epochs}, the regime {part.regime} has "
-            f"{len(used)} phases"
+            f"{where}.epochs: found {part.epochs}, the regime {part.regime} has {len(used)} phases"
         )
     # Each phase has one epoch; the rest is dealt out to whoever is furthest behind its share.
     counts = [1] * len(used)

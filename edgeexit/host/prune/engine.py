@@ -20,7 +20,14 @@ from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import check_output, write_file
 from edgeexit.host import surgery
 from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
-from edgeexit.host.fit import Fit, Influence, Step, accelerated, holdout_accuracies
+from edgeexit.host.fit import (
+    Fit,
+    Influence,
+    Step,
+    accelerated,
+    check_training,
+    holdout_accuracies,
+)
 from edgeexit.host.graph import parameters
 from edgeexit.host.material import Material, Origin, gather
 from edgeexit.host.needs import needs
@@ -188,6 +195,8 @@ class _Work:
     ) -> None:
         self.checkpoint, self.recipe, self.digest = checkpoint, recipe, digest
         self.plan, self.material = recipe.composition, material
+        self.stages = SCOPES[self.plan.scope]
+        self._check_trainings()
         self.tell = on_step or (lambda progress: None)
         self.state_path = Path()
         part = recipe.finetune or recipe.final
@@ -200,7 +209,6 @@ class _Work:
             weights=part.exit_weights if part else (),
             seed=self.seed,
         )
-        self.stages = SCOPES[self.plan.scope]
         self.stage, self.step = 0, 0
         self.start_cost = 0.0  # of the stage, before its first step
         self.pending: str | None = None  # the training that is due
@@ -209,6 +217,22 @@ class _Work:
         self.history: list[dict[str, Any]] = []
         self.before: dict[str, Any] = {}
         self.waited: dict[str, Any] = {}  # what the wait for a stable structure came to
+
+    def _check_trainings(self) -> None:
+        """Better now than after the removals."""
+        for key, part, stages in (
+            ("finetune", self.recipe.finetune, self.stages),
+            ("final", self.recipe.final, self.stages[-1:]),
+        ):
+            if part is None:
+                continue
+            for stage in stages:
+                check_training(
+                    stage.training(part),
+                    exits=len(self.checkpoint.exits),
+                    samples=len(self.material.training),
+                    where=f"{self.recipe.where}: {key}",
+                )
 
     # ------------------------------------------------------------ the loop
 
