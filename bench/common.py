@@ -17,20 +17,36 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from edgeexit.errors import EdgeExitError
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 CHECKOUT = HERE.parent
 
 
 def in_processes(count: int, script: str, *args: str) -> list[dict[str, Any]]:
-    """Run `bench/SCRIPT --worker ARGS` in *count* fresh processes, one after another."""
+    """
+    Run `bench/SCRIPT --worker ARGS` in *count* fresh processes, one after another.
+
+    What one of them refuses, or the last line of one that ends otherwise, is raised as its error.
+    """
     answers = []
     for index in range(count):
         command = [sys.executable, str(HERE / script), "--worker", *args, "--seed", str(index)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise _failed(f"{script}, process {index + 1}/{count}", done)
         answers.append(json.loads(done.stdout.splitlines()[-1]))
         print(f"  process {index + 1}/{count}", file=sys.stderr)
     return answers
+
+
+def _failed(place: str, done: "subprocess.CompletedProcess[str]") -> EdgeExitError:
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
+    error = EdgeExitError(f"{place}: {(said or lines or ['it was ended'])[-1]}")
+    error.exit_code = max(1, done.returncode)  # below zero: by a signal
+    return error
 
 
 def options(description: str) -> argparse.Namespace:

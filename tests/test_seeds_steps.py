@@ -271,6 +271,21 @@ def test_a_damaged_clock_starts_anew(tmp_path: Path, clock: str) -> None:
     assert 0 <= steps.run_table(plain_table(plain("a")), tmp_path)["wall_s"] < 10
 
 
+def test_a_folder_however_it_is_spelt_is_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before a training's step was written down, it is not trained again."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(steps, "RESULTS", tmp_path)
+    table = small_table(data)
+    table = replace(table, steps=table.steps[:3])
+    made = steps.command("A table.", "bench/x.py", lambda *_: table)
+    name = "w \N{GRINNING FACE}"  # stands in a recipe, too
+    assert steps.main(made, ["--work", name]) == 0
+    (tmp_path / name / "0/dense/step.json").unlink()
+    assert steps.main(made, ["--work", str(tmp_path / name)]) == 0
+
+
 # ---------------------------------------------------------------- one line
 
 

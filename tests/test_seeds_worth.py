@@ -14,12 +14,14 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 from cifar import Cifar  # noqa: E402
+from common import in_processes  # noqa: E402
 from seeds import contest, kinds, steps, worth  # noqa: E402
 from small import made_profile  # noqa: E402
 from test_seeds_steps import data, listed  # noqa: E402, F401
 
 from edgeexit import instrument  # noqa: E402
 from edgeexit.bundle import Bundle, load_bundle  # noqa: E402
+from edgeexit.errors import EdgeExitError  # noqa: E402
 from edgeexit.files import read_json, read_npz  # noqa: E402
 from edgeexit.host.zoo import resnet  # noqa: E402
 from edgeexit.policy import Policy  # noqa: E402
@@ -303,3 +305,10 @@ def test_the_figure_shows_networks_exits_and_policies(tmp_path: Path) -> None:
         assert name in first
     worth.draw(found, tmp_path)
     assert drawn.read_bytes() == first
+
+
+def test_what_a_process_of_the_race_refuses_is_one_line(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    with pytest.raises(EdgeExitError, match=r"process 1/2: .*plan\.json: no such file") as found:
+        in_processes(2, "seeds/worth.py", str(plan))
+    assert found.value.exit_code == 2

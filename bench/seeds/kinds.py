@@ -509,7 +509,9 @@ def _toml(tables: Mapping[str, Mapping[str, Any]]) -> str:
     lines = ["format = 1"]
     for name, table in tables.items():
         lines.append(f"[{name}]")
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        lines += [
+            f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -303,7 +303,8 @@ def command(doc: str, script: str, make: Make) -> click.Command:
         work: Path | None,
     ) -> None:
         table = make(full, seeds, data)
-        folder = work or RUNS / table.name
+        # Trainings remember where their samples lie: however it is spelt, it is one folder.
+        folder = (work or RUNS / table.name).absolute()
         if steps:
             click.echo(listing(table, folder))
             return

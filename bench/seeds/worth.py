@@ -41,6 +41,7 @@ from seeds.contest import (
 from seeds.steps import Job, Step, Table, command, main, of_settings
 from seeds.worth_page import NAME, draw, page
 
+from edgeexit.cli import guarded
 from edgeexit.decision import Costs
 from edgeexit.errors import OutOfReach
 from edgeexit.evaluate import Record
@@ -495,10 +496,10 @@ def _run_figures(
     answers = Answers(right, record.labels, parts_of(record.ids.tolist()))
     races = [Race(mean_ns=one) for one in results[f"{seed}/race"]["measured"]["mean_ns"]]
     counted = results["counted"]
-    costs = Costs(
-        *(np.array(counted[f"trained-{seed}"][key]) for key in ("backbone_macs", "head_macs")),
-        np.zeros(len(exits)),
+    backbone, head = (
+        np.array(counted[f"trained-{seed}"][key]) for key in ("backbone_macs", "head_macs")
     )
+    costs = Costs(backbone, head, np.zeros(len(exits)))
     networks = [
         {
             "key": key,
@@ -554,7 +555,6 @@ def _run_figures(
 if __name__ == "__main__":
     if "--worker" in sys.argv:
         asked = options("one process of the race")
-        print(json.dumps(worker(asked.worker, asked.seed)))
-        sys.exit()
+        sys.exit(guarded(lambda: print(json.dumps(worker(asked.worker, asked.seed)))))
     make = of_settings(table, NAME, SMALL, FULL)
     sys.exit(main(command(__doc__ or "", "bench/seeds/worth.py", make)))
