@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from cifar import DATA, LISTED, Cifar
+from cifar import DATA, LISTED, LOSSLESS_TESTS, Cifar
 from seeds import kinds
 from seeds.curves import Band, Curve, band, common_costs, crossings, saving, sweep
 from seeds.page import figure, grid, spread, verdicts
@@ -137,7 +137,7 @@ def table(setting: Setting, *, name: str = NAME, data: Path = DATA, listed: str 
 
 def _seed_steps(setting: Setting, seed: int) -> list[Step]:
     net, pictures = setting.net, setting.pictures
-    tested = 9_806 if setting.test is None else setting.test
+    tested = LOSSLESS_TESTS if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "weight_decay": 5e-4}
     whole = {**part, "epochs": setting.dense, "learning_rate": setting.learning_rate}
     whole |= setting.course

@@ -2,8 +2,9 @@
 The kinds of steps that papers' tables are made of, each a short call of edgeexit's own functions.
 
 Callers see Net and Plain (which networks there are), data_step, start_step, plain_step,
-pretrained_step, train_step, prune_step, nearest_step, fold_step, answers_step, states_step,
-robustness_step and int8_steps, and answers_of and int8_of, which read what came out. Trainings and
+pretrained_step, dense_step, attach_step, train_step, prune_step, nearest_step, fold_step,
+answers_step, states_step, robustness_step, int8_step, timed_step, and the last two as int8_steps;
+answers_of, int8_of and as_curve_costs, which read what came out; and counted. Trainings and
 prunings keep their own state files, so a killed one loses an epoch at most. Nothing here knows a
 paper.
 """
@@ -335,7 +336,6 @@ def prune_step(
 
     With *macs_left* the target is that share of the MACs that the pruning of *source* began with.
     Where the recipe has a table [data], it is that of the training pictures, else as recorded.
-
     *epochs* of the whole network it comes to, and *extra_s* besides, for the estimate alone.
     """
 

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from cifar import DATA, LISTED, Cifar
+from cifar import DATA, LISTED, LOSSLESS_TESTS, Cifar
 from seeds import kinds
 from seeds.curves import Curve, band, common_costs
 from seeds.page import figure, grid, spread, verdicts
@@ -195,7 +195,7 @@ def _runs(setting: Setting) -> Iterator[tuple[str, str, int]]:
 def _run_steps(setting: Setting, place: str, seed: int) -> list[Step]:
     subject = setting.nets[place.partition("/")[0]]
     net, pictures = subject.net, setting.pictures
-    tested = 9_806 if setting.test is None else setting.test
+    tested = LOSSLESS_TESTS if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "weight_decay": setting.weight_decay}
     scale = setting.batch / BATCH
     dense = {**part, "epochs": setting.dense, "learning_rate": scale * subject.learning_rate}

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-from cifar import DATA, LISTED, Cifar
+from cifar import DATA, LISTED, LOSSLESS_TESTS, Cifar
 from common import CHECKOUT, in_processes, options, spread
 from numpy.typing import NDArray
 from seeds import kinds
@@ -117,7 +117,7 @@ def table(setting: Setting, *, name: str = NAME, data: Path = DATA, listed: str 
     for seed in range(setting.seeds):
         steps += _trained_steps(setting, cifar, seed)
     steps += [kinds.dense_step(cifar, _resnet(depth), depth) for depth in setting.rivals]
-    tested = 9_806 if setting.test is None else setting.test
+    tested = LOSSLESS_TESTS if setting.test is None else setting.test
     for source in _sources(setting).values():
         steps.append(kinds.int8_step(f"{source}-int8", source, pictures=tested))
     cap_s = setting.rival_cap_s
@@ -437,7 +437,7 @@ def _race_step(setting: Setting, seed: int, tested: int) -> Step:
         found = in_processes(setting.processes, "seeds/worth.py", str(job.folder / PLAN))
         return {"measured": {"mean_ns": found}}
 
-    answers = tested / 2 * setting.passes * (1 + 1 / setting.passes)
+    answers = tested / 2 * (setting.passes + 1)
     return Step(
         name=f"{seed}/race",
         needs=needs,
