@@ -142,6 +142,9 @@ def test_heads_do_not_fit_everywhere() -> None:
     refused(UsageError, "expected none", ["first"], widths=[[4]])
     refused(UsageError, "expected none", ["last"], head="convs", widths=[[4]])
     refused(UsageError, "one for each exit", ["first"], widths=[[], []])
+    with pytest.raises(UsageError) as found:
+        attach(Backbone(), ["last"], input_shape=[1, 1, 8, 8], head="convs", widths=[[4]])
+    assert "only a map" in str(found.value.hint)
     with pytest.raises(Unsupported, match="3 exits already"):
         attach(vit(blocks=3, exits=[1, 2]), ["stem"], input_shape=[1, 3, 32, 32])
 

@@ -164,8 +164,9 @@ def test_killed_while_fine_tuning_it_goes_on(folder: Path, tmp_path: Path) -> No
     assert state.exists()
     assert not out.exists()
 
-    with pytest.raises(UsageError, match="an interrupted pruning with another recipe"):
+    with pytest.raises(UsageError, match="an interrupted pruning with another recipe") as found:
         prune(folder / "net.pt", recipe(folder), out)
+    assert f"remove {state}" in str(found.value.hint)
     assert state.exists()
     prune(folder / "net.pt", recipe(folder), out, again=True)
     assert not state.exists()

@@ -173,7 +173,12 @@ def attach(
         is_wanted = value.ndim == 4 and head in WITH_WIDTHS
         if bool(row) != is_wanted:
             wanted = "at least one" if is_wanted else "none"
-            raise UsageError(f"widths of {name!r}: found {list(row)}, expected {wanted}")
+            raise UsageError(
+                f"widths of {name!r}: found {list(row)}, expected {wanted}",
+                hint="only a map (N, C, H, W) takes convolutions: leave the widths out"
+                if value.ndim != 4
+                else None,
+            )
         with nullcontext() if device is None else torch.device(device):
             if value.ndim == 4:
                 size = (value.shape[2], value.shape[3])

@@ -65,7 +65,7 @@ def read_state(path: Path, job: str, digest: str) -> dict[str, Any]:
     if found != digest:
         raise UsageError(
             f"{path}: an interrupted {job} with another recipe or network",
-            hint="undo the change to go on, or start anew with --again",
+            hint=f"undo the change to go on, or remove {path} to start anew",
         )
     return state
 
