@@ -2,13 +2,15 @@
 Choose exits and thresholds, with a promise: records, a profile and a target in, a policy out.
 
 Callers see tune, which works on the files of a bundle and does with them what choose does with
-arrays (edgeexit.choice). It is pure: the same inputs give the same policy. Hidden here: what the
+arrays (edgeexit.choice). It is pure: the same inputs give the same policy. spend counts beforehand
+what it will ask of the certificate samples. Hidden here: what the
 profile says about sets of exits that were never timed, how a budget becomes a test, and what is
 written down about a policy so that edgeexit.verify can make it again.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -273,6 +275,38 @@ def _by(target: Target) -> str:
 def _level(target: Target, own: float = 0.0) -> float:
     """What may be lost to be compared with; where anything may, 1 % or what the policy does."""
     return max(0.01, own) if target.max_accuracy_drop is None else target.max_accuracy_drop
+
+
+def spend(
+    record: RecordFile,
+    request: Request,
+    path: Path,
+    digests: Mapping[str, str | None],
+    *,
+    bundle: str,
+    device: str,
+) -> ledger.Entry:
+    """
+    Count *request*'s use of *record*'s certificate samples in the ledger *path*, unless in vain.
+
+    *digests* are those of all inputs, *bundle* and *device* names for people. OutOfReach, and
+    nothing counted, if so few samples can never show what is asked for at what this use may risk;
+    else what ledger.spend raises.
+    """
+    certificate = record.rows(CERTIFICATE)
+    key, asked = ledger.split_key(record.digests[certificate]), request.digest(digests)
+    number, target = ledger.next_use(path, key, asked), request.target
+    try:
+        check_feasible(len(certificate), target, ledger.share(1.0 - target.confidence, number))
+    except OutOfReach as error:
+        if number > 1:
+            error.hint = (
+                f"this would be use {number} of these samples, which risks less than the first: "
+                "label others, or allow a larger --max-accuracy-drop"
+            )
+        raise
+    facts = {"level": target.max_accuracy_drop, "method": request.method, "bundle": bundle}
+    return ledger.spend(path, key, asked, {**facts, "device": device})
 
 
 def input_digests(

@@ -350,7 +350,7 @@ def _answered(
     Uses of the certificate are counted in the ledger of the work folder, and lower what may be
     risked. A COIN is no certificate: it is not counted, and risks what it says.
     """
-    from edgeexit import ledger, tune
+    from edgeexit import tune
     from edgeexit.request import Request
 
     is_counted = confidence > COIN
@@ -371,13 +371,14 @@ def _answered(
     digests = tune.input_digests(record, profile, reference)
     try:
         if is_counted:
-            counted = job.work / LEDGER
-            split = ledger.split_key(record.digests[record.rows(CERTIFICATE)])
-            asked = request.digest(digests)
-            number = ledger.next_use(counted, split, asked)
-            tune.check_feasible(samples, request.target, ledger.share(1 - confidence, number))
-            facts = {"level": ask.level, "method": request.method, "bundle": bundle.name}
-            use = ledger.spend(counted, split, asked, {**facts, "device": profile.device})
+            use = tune.spend(
+                record,
+                request,
+                job.work / LEDGER,
+                digests,
+                bundle=bundle.name,
+                device=profile.device,
+            )
             row["use"] = use.use
         found = tune.tune(
             record,

@@ -190,7 +190,7 @@ def command(
     from edgeexit.cli.material import challenger, find_record, load_profile
     from edgeexit.evaluate import Record
     from edgeexit.files import check_output, file_digest
-    from edgeexit.request import CERTIFICATE, Request, check_choice, check_inputs, check_profile
+    from edgeexit.request import Request, check_choice, check_inputs, check_profile
 
     budgets = (latency_budget, energy_budget, p95)
     if max_accuracy_drop is None and not any(budget is not None for budget in budgets):
@@ -249,29 +249,11 @@ def command(
         "bundle": bundle.digest,
         "profile": file_digest(source),
     }
-    key = ledger.split_key(record.digests[record.rows(CERTIFICATE)])
     counted = ledger_path or ledger.place(
         calibration or record.set_name, record.set_digest, record_path
     )
-    asked = request.digest(digests)
-    number = ledger.next_use(counted, key, asked)
-    delta = ledger.share(1.0 - confidence, number)
-    try:
-        tune.check_feasible(len(record.rows(CERTIFICATE)), request.target, delta)
-    except OutOfReach as error:
-        if number > 1:
-            error.hint = (
-                f"this would be use {number} of these samples, which risks less than the first: "
-                "label others, or allow a larger --max-accuracy-drop"
-            )
-        raise
     # Nothing that could have been refused before may be refused from here on: it would cost a use.
-    use = ledger.spend(
-        counted,
-        key,
-        asked,
-        {"level": max_accuracy_drop, "method": method, "bundle": bundle.name, "device": name},
-    )
+    use = tune.spend(record, request, counted, digests, bundle=bundle.name, device=name)
     try:
         found = tune.tune(
             record,
