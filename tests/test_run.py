@@ -43,13 +43,25 @@ def test_selftest(bundle: Bundle, capsys: Captured) -> None:
     assert lines(capsys.readouterr().out)[0]["selftest"] == "ok"
 
 
-@pytest.mark.parametrize(("change", "code"), [(1, 0), (2, 0), (3, 10)])
-def test_selftest_allows_two_steps(
-    tmp_path: Path, capsys: Captured, change: int, code: int, monkeypatch: pytest.MonkeyPatch
+WHOLE = {"outside_xnnpack": {}, "versions": {"ai-edge-litert": "2.3.0"}}
+IN_PART = {**WHOLE, "outside_xnnpack": {"GELU": 2}}
+
+
+@pytest.mark.parametrize(
+    ("provenance", "change", "code"),
+    [({}, 1, 0), ({}, 2, 0), ({}, 3, 10), (IN_PART, 2, 0), (WHOLE, 0, 0), (WHOLE, 1, 10)],
+)
+def test_selftest_allows_two_steps_unless_xnnpack_computes_everything(
+    tmp_path: Path,
+    capsys: Captured,
+    provenance: dict[str, object],
+    change: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from edgeexit.runtime import Runner
 
-    made = make_bundle(tmp_path)
+    made = make_bundle(tmp_path, provenance=provenance)
     original = Runner.raw_logits
 
     def other(self: Runner, sample: object) -> np.ndarray:
@@ -60,7 +72,7 @@ def test_selftest_allows_two_steps(
     monkeypatch.setattr(Runner, "raw_logits", other)
     assert entry(["run", str(made.path)]) == code
     captured = capsys.readouterr()
-    assert ("differ" in captured.out) == (code == 0)
+    assert ("differ" in captured.out) == (code == 0 and change > 0)
     assert captured.err.startswith("Error: ") == (code == 10)
 
 

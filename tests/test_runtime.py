@@ -20,7 +20,9 @@ GRAY = Preprocess(kind="image", size=(12, 10), color="gray", scale=1 / 255)
 SAMPLES = np.random.default_rng(0).integers(0, 256, (6, 12, 10, 1)).astype(np.uint8)
 
 
-def make_bundle(folder: Path, **options: object) -> Bundle:
+def make_bundle(
+    folder: Path, *, provenance: dict[str, object] | None = None, **options: object
+) -> Bundle:
     model = tiny_model(**options)  # type: ignore[arg-type]
     return write_bundle(
         folder / "tiny.edgeexit",
@@ -31,7 +33,7 @@ def make_bundle(folder: Path, **options: object) -> Bundle:
         preprocess=GRAY,
         selftest=SAMPLES,
         scheme="int8" if options.get("quantized", True) else "float",
-        provenance={},
+        provenance=provenance or {},
     )
 
 
