@@ -381,11 +381,12 @@ def _refuse_device(path: Path) -> None:
         raise UsageError(f"{path}: is no plain file, expected a file", hint="name a file with -o")
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     """
     Write *path* durably: temporary neighbour, fsync, rename, fsync of the folder.
 
-    A symbolic link is followed; UsageError for a folder, pipe or device.
+    A symbolic link is followed; UsageError for a folder, pipe or device. The file gets *mode*
+    less the umask.
     """
     with storage(path):
         _refuse_device(path)
@@ -397,10 +398,10 @@ def write_file(path: Path, data: bytes) -> None:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                os.fchmod(file.fileno(), mode & ~_umask())
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -425,18 +426,47 @@ def new_folder(path: Path, *, keep: Callable[[Path, Path], None] | None = None) 
             temporary.chmod(0o777 & ~_umask())
             for child in sorted(temporary.rglob("*")):
                 _sync(child)
-            _sync_folder(temporary)
+            sync_folder(temporary)
             old = None
             if path.exists():
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 path.rename(old)
             temporary.rename(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
             if old is not None:
                 is_folder = old.is_dir() and not old.is_symlink()
                 shutil.rmtree(old) if is_folder else old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder *path* and those above it, as far as they are missing, durably."""
+    with storage(path):
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        for folder in reversed(missing):
+            folder.mkdir(exist_ok=True)
+            sync_folder(folder.parent)
+
+
+def point(path: Path, target: str | None) -> None:
+    """
+    Make *path* a symbolic link to *target*, durably: it is the old one or the new one at any time.
+
+    None removes it.
+    """
+    with storage(path):
+        if target is None:
+            path.unlink(missing_ok=True)
+        else:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+            temporary.symlink_to(target)
+            try:
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
 
 
 def _umask() -> int:
@@ -447,13 +477,14 @@ def _umask() -> int:
 
 def _sync(path: Path) -> None:
     if path.is_dir():
-        _sync_folder(path)
+        sync_folder(path)
         return
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Wait until the names in the folder *path* are on the storage."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -85,6 +85,7 @@ ROOMS = (
     "vitals",
     "installation",
     "doctor",
+    "remote",
     "demo",
 )
 FOREIGN = (
@@ -157,7 +158,13 @@ def test_the_host_side_knows_nothing_of_the_command_line(room: str) -> None:
 
 
 # Extras: one room each may import one, and only when it is used.
-EXTRAS = {"plot": {"matplotlib"}}
+EXTRAS = {
+    "plot": {"matplotlib"},
+    "remote.hosts": {"tomlkit"},
+    "remote.link": {"asyncssh"},
+    "remote.login": {"asyncssh"},
+    "remote.upload": {"asyncssh"},
+}
 
 
 @pytest.mark.parametrize("room", [m for m in modules() if not m.startswith("host")])

@@ -1,0 +1,254 @@
+"""
+The boards that one may name: hosts.toml, names on the command line, and pinned host keys.
+
+Callers see Host, Hosts and chosen. Hidden here: the file's format and its limits, that comments
+in it survive, and that two commands may change it at once.
+
+Formats of hosts.toml: 1 (host, user, port, device, labels, host_key).
+"""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeexit.errors import BadFile, UsageError
+from edgeexit.files import Table, read_bytes, read_toml, write_file
+from edgeexit.locks import hold
+from edgeexit.names import unknown
+
+FORMAT = 1
+ENVIRONMENT = "EDGEEXIT_HOSTS"
+MAX_HOSTS = 10_000
+MAX_FILE_BYTES = 4 << 20
+
+# What may stand where: a name ends up in hints that people paste into a shell.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_ADDRESS = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9._:%-]{0,252}")
+_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+\\@-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """
+    One board: where it is and what it is.
+
+    *address* may be an alias of the user's ssh config; what is None comes from there. *host_key*
+    is "ALGORITHM BASE64" and, if there, the only key that this board may show.
+    """
+
+    name: str
+    address: str
+    user: str | None = None
+    port: int | None = None
+    device: str | None = None
+    labels: tuple[str, ...] = ()
+    host_key: str | None = None
+
+    @property
+    def destination(self) -> str:
+        """What one types behind `ssh`: [user@]address, with the port as "-p PORT" before it."""
+        where = f"{self.user}@{self.address}" if self.user else self.address
+        return where if self.port is None else f"-p {self.port} {where}"
+
+
+def fingerprint(host_key: str) -> str:
+    """The fingerprint of "ALGORITHM BASE64" as OpenSSH shows it: SHA256 and 43 characters."""
+    digest = hashlib.sha256(_key_blob(host_key)).digest()
+    return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def _key_blob(host_key: str) -> bytes:
+    algorithm, _, text = host_key.partition(" ")
+    try:
+        blob = base64.b64decode(text, validate=True)
+        (length,) = struct.unpack_from(">I", blob)
+    except (binascii.Error, ValueError, struct.error):
+        raise ValueError("expected an algorithm and base64") from None
+    if blob[4 : 4 + length] != algorithm.encode() or len(blob) <= 4 + length:
+        raise ValueError(f"is no {algorithm[:40]} key")
+    return blob
+
+
+def parse_address(text: str) -> tuple[str | None, str, int | None]:
+    """User, address and port of "[user@]address[:port]"; an IPv6 address with a port in [ ]."""
+    user, _, rest = text.rpartition("@")
+    address, port_text = rest, ""
+    if match := re.fullmatch(r"\[([^\]]*)\](?::(.*))?", rest):
+        address, port_text = match[1], match[2] or ""
+    elif rest.count(":") == 1:
+        address, _, port_text = rest.partition(":")
+    try:
+        port = int(port_text) if port_text else None
+    except ValueError:
+        port = 0
+    checked = _checked(
+        name="host", address=address, user=user or None, port=port, refuse=UsageError
+    )
+    return checked.user, checked.address, checked.port
+
+
+def _checked(refuse: Callable[[str], Exception], where: str = "", **values: Any) -> Host:
+    """The Host of *values*; what cannot be right is refused with *refuse*."""
+    host = Host(**values)
+    rules: list[tuple[str, str | None, re.Pattern[str]]] = [
+        ("name", host.name, _NAME),
+        ("host", host.address, _ADDRESS),
+        ("user", host.user, _USER),
+        ("device", host.device, _NAME),
+        *(("label", label, _NAME) for label in host.labels),
+    ]
+    for what, text, rule in rules:
+        if text is not None and not rule.fullmatch(text):
+            raise refuse(f"{where}{what}: {text[:80]!r} is no {_WORDS[what]}")
+    if host.port is not None and not 0 < host.port < 65536:
+        raise refuse(f"{where}port: expected 1 to 65535")
+    if host.host_key is not None:
+        try:
+            _key_blob(host.host_key)
+        except ValueError as error:
+            raise refuse(f"{where}host_key: {error}") from None
+    return host
+
+
+_WORDS = {
+    "name": "name (letters, digits, '.', '_' and '-'; at most 64)",
+    "host": "host name or address",
+    "user": "user name",
+    "device": "device name",
+    "label": "label (letters, digits, '.', '_' and '-'; at most 64)",
+}
+
+
+def _host(name: str, table: Table) -> Host:
+    table.only("host", "user", "port", "device", "labels", "host_key")
+    optional: dict[str, Any] = {
+        key: table.get(key, kind)
+        for key, kind in (("user", str), ("port", int), ("device", str), ("host_key", str))
+        if key in table
+    }
+    labels = tuple(table.list_of("labels", str)) if "labels" in table else ()
+    return _checked(
+        BadFile,
+        f"{table.where}: ",
+        name=name,
+        address=table.get("host", str),
+        labels=labels,
+        **optional,
+    )
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The boards of one hosts.toml, in file order; add and remove change the file at once."""
+
+    path: Path
+    all: tuple[Host, ...]
+
+    @classmethod
+    def read(cls, path: Path | None = None) -> "Hosts":
+        """
+        The boards in *path*, or $EDGEEXIT_HOSTS, or ./hosts.toml; a file that is absent has none.
+
+        BadFile names the key that is wrong.
+        """
+        path = path or Path(os.environ.get(ENVIRONMENT) or "hosts.toml")
+        if not path.exists():
+            return cls(path, ())
+        read_bytes(path, limit_bytes=MAX_FILE_BYTES)
+        document = read_toml(path)
+        document.only("format", "hosts")
+        document.expect_format(FORMAT)
+        tables = document.table("hosts") if "hosts" in document else Table({}, document.where)
+        if len(tables.values) > MAX_HOSTS:
+            raise BadFile(f"{path}: {len(tables.values)} hosts, expected at most {MAX_HOSTS}")
+        return cls(path, tuple(_host(name, tables.table(name)) for name in tables.values))
+
+    def find(self, name: str) -> Host:
+        """The board called *name*; UsageError with the nearest name if there is none."""
+        for host in self.all:
+            if host.name == name:
+                return host
+        error = unknown(name, [host.name for host in self.all], "host")
+        error.hint = error.hint or (
+            f"edgeexit hosts add {name} USER@ADDRESS, or name it as USER@ADDRESS"
+            if _NAME.fullmatch(name)
+            else "edgeexit hosts list shows the names"
+        )
+        raise error
+
+    def labelled(self, labels: Iterable[str]) -> list[Host]:
+        """The boards that carry any of *labels*; UsageError for a label that none carries."""
+        wanted = set(labels)
+        known = {label for host in self.all for label in host.labels}
+        for label in sorted(wanted - known):
+            raise unknown(label, known, "label")
+        return [host for host in self.all if wanted & set(host.labels)]
+
+    def add(self, host: Host) -> "Hosts":
+        """Write *host* into the file, in the place of the board of its name if there is one."""
+        _checked(UsageError, **vars(host))
+        return self._changed(lambda hosts: hosts.__setitem__(host.name, _entry(host)))
+
+    def remove(self, name: str) -> "Hosts":
+        """Take the board *name* out of the file; UsageError if there is none."""
+        self.find(name)
+        return self._changed(lambda hosts: hosts.pop(name, None))
+
+    def _changed(self, change: Callable[[Any], object]) -> "Hosts":
+        import tomlkit
+        from tomlkit.exceptions import TOMLKitError
+
+        # The file is read again under the lock: another command may have added a board.
+        with hold(self.path.with_name(f".{self.path.name}.lock"), str(self.path), wait=True):
+            Hosts.read(self.path)
+            try:
+                text = read_bytes(self.path).decode() if self.path.exists() else ""
+                document = tomlkit.parse(text)
+                document.setdefault("format", FORMAT)
+                if "hosts" not in document:
+                    document["hosts"] = tomlkit.table(is_super_table=True)
+                change(document["hosts"])
+                data = tomlkit.dumps(document).encode()
+            except TOMLKitError as error:
+                raise BadFile(f"{self.path}: cannot be changed: {error}") from error
+            write_file(self.path, data, mode=0o600)
+        return Hosts.read(self.path)
+
+
+def _entry(host: Host) -> Any:
+    import tomlkit
+
+    entry = tomlkit.table()
+    entry["host"] = host.address
+    for key in ("user", "port", "device", "labels", "host_key"):
+        value = getattr(host, key)
+        if value not in (None, ()):
+            entry[key] = list(value) if key == "labels" else value
+    return entry
+
+
+def chosen(names: Sequence[str], labels: Sequence[str], hosts: Hosts | None = None) -> list[Host]:
+    """
+    The boards called *names* and those that carry any of *labels*, each once.
+
+    A name may be "user@host[:port]", which need not be in *hosts* (default: Hosts.read()).
+    """
+    hosts = hosts or Hosts.read()
+    found = [_ad_hoc(name) if "@" in name else hosts.find(name) for name in names]
+    if labels:
+        found += hosts.labelled(labels)
+    if not found:
+        raise UsageError("no board named", hint="--host NAME or USER@ADDRESS, or --label LABEL")
+    return list({host.name: host for host in found}.values())
+
+
+def _ad_hoc(text: str) -> Host:
+    user, address, port = parse_address(text)
+    return Host(name=text, address=address, user=user, port=port)
