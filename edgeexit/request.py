@@ -284,22 +284,21 @@ def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdic
     """
     What the values of *profile*, judged anew, say about it; what it says itself is not asked.
 
-    Disturbed if the machine was not itself meanwhile or is emulated, unless *accept_disturbed*.
-    A profile that has not converged passes: its costs are right, but less sure than asked for.
+    Disturbed if the machine is emulated, or was not itself meanwhile, unless *accept_disturbed*:
+    times of an emulated machine are no times of the board at all, whoever accepts them. A profile
+    that has not converged passes: its costs are right, but less sure than asked for.
     """
     verdict = judge(profile)
-    if verdict.status in (DISTURBED, EMULATED) and not accept_disturbed:
-        where = (
-            f"on the {profile.device} itself"
-            if verdict.status == EMULATED
-            else "while nothing else runs"
+    if verdict.status == EMULATED:
+        hint = f"measure on the {profile.device} itself with: edgeexit profile"
+    elif verdict.status == DISTURBED and not accept_disturbed:
+        hint = (
+            "measure again while nothing else runs with: edgeexit profile; or take it as it is "
+            "with --accept-disturbed"
         )
-        raise Disturbed(
-            f"the profile of {profile.bundle_name} cannot be trusted: {verdict}",
-            hint=f"measure again {where} with: edgeexit profile; or take it as it is with "
-            "--accept-disturbed",
-        )
-    return verdict
+    else:
+        return verdict
+    raise Disturbed(f"the profile of {profile.bundle_name} cannot be trusted: {verdict}", hint=hint)
 
 
 def _check_logits(bundle: Bundle, record: Record) -> None:

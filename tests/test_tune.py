@@ -322,12 +322,14 @@ def test_what_the_profile_says_of_itself_does_not_count() -> None:
         check_verdict(made_profile(**THROTTLED))
 
 
-def test_an_emulated_machine_is_refused_and_sends_to_the_board() -> None:
+def test_an_emulated_machine_is_never_accepted_and_sends_to_the_board() -> None:
     profile = made_profile(device="rpi4", emulated="qemu-user runs this program")
 
-    with pytest.raises(Disturbed, match="qemu-user") as caught:
-        check_verdict(profile)
-    assert "on the rpi4 itself" in caught.value.hint
+    for accept_disturbed in (False, True):
+        with pytest.raises(Disturbed, match="qemu-user") as caught:
+            check_verdict(profile, accept_disturbed=accept_disturbed)
+        assert "on the rpi4 itself" in caught.value.hint
+        assert "--accept-disturbed" not in caught.value.hint
 
 
 def test_a_profile_that_has_not_converged_is_noted_in_the_policy() -> None:
@@ -361,6 +363,21 @@ def test_the_command_refuses_warns_and_writes(tmp_path, capsys) -> None:
     assert "p.json: DISTURBED" in said.err
     assert "DISTURBED" in said.out
     assert bundle.policy_for("host") is not None
+
+
+def test_the_command_takes_no_profile_of_an_emulated_machine(tmp_path, capsys) -> None:
+    bundle = small_bundle(tmp_path)
+    record_of(bundle).save(tmp_path / "r.npz")
+    emulated = made_profile(bundle_digest=bundle.digest, emulated="qemu-user runs this program")
+    emulated.save(tmp_path / "p.json")
+    names = {"record": "r.npz", "profile": "p.json", "ledger": "l.json"}
+    files = [f"--{what}={tmp_path / name}" for what, name in names.items()]
+    command = ["tune", str(bundle.path), "--device", "host", *files, "--accept-disturbed"]
+
+    assert entry(command) == Disturbed.exit_code
+    assert "qemu-user" in capsys.readouterr().err
+    assert bundle.policy_for("host") is None
+    assert not (tmp_path / "l.json").exists()
 
 
 # ---------------------------------------------------------------- joules

@@ -138,7 +138,7 @@ def _thresholds(
 @click.option(
     "--accept-disturbed",
     is_flag=True,
-    help="take a profile that was disturbed, or measured on an emulated machine",
+    help="take a profile that was disturbed (one of an emulated machine never)",
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document instead of tables")
 def command(
