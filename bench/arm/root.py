@@ -56,13 +56,13 @@ def cache() -> Path:
 def system(packages: Sequence[str] = ()) -> Path:
     """The Debian with PACKAGES and these *packages* more. CannotBuild."""
     wanted = sorted({*PACKAGES, *packages})
-    return _layer("system", [SUITE, *wanted], lambda folder: _extract(wanted, folder))
+    return layer("system", [SUITE, *wanted], lambda folder: extract(wanted, folder))
 
 
 def site(wheels: Sequence[str] = WHEELS) -> Path:
     """A layer whose SITE folder holds *wheels* and what they need. CannotBuild."""
     wanted = sorted(wheels)
-    return _layer("site", [PYTHON, *wanted], lambda folder: _install(wanted, folder / SITE))
+    return layer("site", [PYTHON, *wanted], lambda folder: _install(wanted, folder / SITE))
 
 
 def layers(*, ready: bool) -> list[Path]:
@@ -70,7 +70,7 @@ def layers(*, ready: bool) -> list[Path]:
     return [site(), system()] if ready else [system()]
 
 
-def _layer(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Path:
+def layer(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Path:
     digest = hashlib.sha256(json.dumps([_VERSION, *recipe]).encode()).hexdigest()[:16]
     place = cache() / f"{kind}-{digest}"
     if place.is_dir():
@@ -88,7 +88,7 @@ def _layer(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> P
     return place
 
 
-def _extract(packages: Sequence[str], folder: Path) -> None:
+def extract(packages: Sequence[str], folder: Path) -> None:
     if os.geteuid() != 0:
         raise CannotBuild("an ARM system is made by root only")
     leave_out = (f"/usr/share/{name}/*" for name in ("doc", "man", "locale", "info", "lintian"))
@@ -142,7 +142,7 @@ def _run(*argv: str, clean: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        for layer in layers(ready="bare" not in sys.argv[1:]):
-            print(layer)
+        for place in layers(ready="bare" not in sys.argv[1:]):
+            print(place)
     except EdgeExitError as error:
         sys.exit(f"Error: {error}")
