@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from login import USER, USER_ID, Login, accounts, keygen, must
 from root import SITE, CannotBuild, layers
 
 HERE = Path(__file__).resolve().parent
@@ -34,7 +35,6 @@ sys.path.insert(0, str(CHECKOUT / "tests"))
 import trees  # noqa: E402
 
 QEMU = "qemu-aarch64-static"
-USER, USER_ID = "pi", 1000
 # What an ARM program opens is first looked for here, if it lies on the board: only this way can
 # there be a /proc/device-tree, for no kernel lets anybody add to its /proc.
 _LOOKED_IN_FIRST = Path("etc/qemu-binfmt/aarch64")
@@ -54,26 +54,6 @@ KINDS = {
     "rpi4": Kind("rpi4", "cortex-a72"),
     "rpi5": Kind("rpi5", "cortex-a76"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Login:
-    """
-    How to get onto a board: what hosts.toml and an ssh client ask for.
-
-    *host_key* is "ssh-ed25519 AAAA...", *config* an ssh_config that holds the same for every
-    address. *files* is the board's file system as this machine sees it, for tests to look at what
-    a command left; *log* is what sshd says.
-    """
-
-    address: str
-    port: int
-    user: str
-    key: Path
-    host_key: str
-    config: Path
-    files: Path
-    log: Path
 
 
 class Board:
@@ -103,7 +83,7 @@ class Board:
             self._write(f"usr/bin/{program}", f'#!/bin/sh\ncase "$*" in\n{cases}{other}esac\n')
             (self._shown / "usr/bin" / program).chmod(0o755)
         shutil.rmtree(commands)
-        for name, text in _accounts(f"/home/{USER}", "/bin/sh").items():
+        for name, text in accounts().items():
             self._write(f"etc/{name}", text)
         self._write("etc/hosts", "127.0.0.1 localhost\n")
         (self._shown / "tmp").mkdir()
@@ -178,7 +158,7 @@ class Board:
         for path in (files, keys, self.folder / "overlay"):
             path.mkdir(exist_ok=True)
         for name in ("host", "client"):
-            _keygen(keys / name)
+            keygen(keys / name)
         variables = {
             "QEMU_CPU": self.kind.cpu,
             **({"PYTHONPATH": f"/{SITE}"} if self.ready else {}),
@@ -191,7 +171,7 @@ class Board:
             "files": str(files),
             "overlay": str(self.folder / "overlay"),
             "cpuinfo": str(self._shown / "proc/cpuinfo"),
-            "accounts": _accounts(f"/home/{USER}", "/bin/sh"),
+            "accounts": accounts(),
             "settings": [
                 *settings,
                 f"HostKey {keys / 'host'}",
@@ -224,23 +204,7 @@ class Board:
             if inside.stdout.readline() != b"ready\n":
                 inside.wait()
                 raise CannotBuild(f"no board: {' | '.join(log.read_text().splitlines()[-3:])}")
-            host_key = " ".join((keys / "host.pub").read_text().split()[:2])
-            (keys / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key}\n")
-            config = keys / "config"
-            config.write_text(
-                f"Host *\n  IdentityFile {keys / 'client'}\n  IdentitiesOnly yes\n"
-                f"  UserKnownHostsFile {keys / 'known_hosts'}\n  User {USER}\n  BatchMode yes\n"
-            )
-            yield Login(
-                address="127.0.0.1",
-                port=port,
-                user=USER,
-                key=keys / "client",
-                host_key=host_key,
-                config=config,
-                files=files,
-                log=log,
-            )
+            yield Login.on_loopback(port, keys, files=files, log=log)
         finally:
             inside.kill()
             inside.wait()
@@ -251,7 +215,7 @@ def register() -> None:
     """Let this machine's kernel start ARM programs; nothing to do if it can. CannotBuild."""
     name = "qemu-aarch64"
     if not (_FORMATS / "register").exists():
-        _must("mount", "-t", "binfmt_misc", "binfmt_misc", str(_FORMATS))
+        must("mount", "-t", "binfmt_misc", "binfmt_misc", str(_FORMATS))
     if (_FORMATS / name).exists():
         return
     recipe = Path(f"/usr/lib/binfmt.d/{name}.conf")
@@ -264,33 +228,6 @@ def register() -> None:
             f"the kernel cannot be told to start ARM programs: {error}",
             hint="as root: apt-get install qemu-user-static",
         ) from error
-
-
-def _must(*argv: str) -> None:
-    done = subprocess.run(argv, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise CannotBuild(f"{argv[0]}: {done.stderr.strip()}")
-
-
-def _keygen(path: Path) -> None:
-    if not path.exists():
-        _must("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(path))
-
-
-def _accounts(home: str, shell: str) -> dict[str, str]:
-    """passwd, group and shadow of a board with one user, for its sshd and for itself."""
-    users = (
-        ("root", 0, 0, "/root", shell),
-        (USER, USER_ID, USER_ID, home, shell),
-        ("sshd", 100, 65534, "/run/sshd", "/usr/sbin/nologin"),
-        ("nobody", 65534, 65534, "/", "/usr/sbin/nologin"),
-    )
-    return {
-        "passwd": "".join(f"{n}:x:{u}:{g}::{h}:{s}\n" for n, u, g, h, s in users),
-        "group": f"root:x:0:\n{USER}:x:{USER_ID}:\nnogroup:x:65534:\n",
-        # No password: "*" lets keys in, which "!" would not.
-        "shadow": "".join(f"{n}:*:19000::::::\n" for n, *_ in users),
-    }
 
 
 def main() -> None:
