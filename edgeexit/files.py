@@ -391,7 +391,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     with storage(path):
         _refuse_device(path)
         path = Path(os.path.realpath(path))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         temporary = Path(name)
         try:
@@ -416,7 +416,7 @@ def new_folder(path: Path, *, keep: Callable[[Path, Path], None] | None = None) 
     (old, new) may carry things over before the swap.
     """
     with storage(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
