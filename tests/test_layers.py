@@ -47,6 +47,10 @@ ROOMS = (
     "recut",
     "runtime",
     "inputs",
+    "sources",
+    "capture",
+    "live",
+    "notify",
     "journal",
     "selftest",
     "race",
@@ -55,7 +59,9 @@ ROOMS = (
     "manifest",
     "blobs",
     "intents",
+    "shelf",
     "releases",
+    "serve",
     "ledger",
     "meters",
     "slide",
@@ -167,7 +173,9 @@ EXTRAS = {
     "remote.hosts": {"tomlkit"},
     "remote.link": {"asyncssh"},
     "remote.login": {"asyncssh"},
+    "remote.talk": {"asyncssh"},
     "remote.upload": {"asyncssh"},
+    "sources": {"picamera2"},
 }
 
 

@@ -1,42 +1,42 @@
 """
 A link to one board: run something there, ask our own command line there, move files.
 
-Callers see connect, Link and LinkLost. Hidden here: the login shell and what it prints, the JSON
-lines of `edgeexit agent` and their limits, and that closing the link ends the work over there.
+Callers see connect, Link and LinkLost. Hidden here: the login shell, where edgeexit lives on the
+board, the protocol of `edgeexit agent`, and sftp.
 """
 
 import asyncio
-import json
-import shlex
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+import posixpath
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import asyncssh
 
-from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, printable
-from edgeexit.files import Table, parse_json
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, UsageError, printable
+from edgeexit.files import Table
 from edgeexit.remote.hosts import Host
-from edgeexit.remote.login import LinkLost, opened
+from edgeexit.remote.login import LinkLost, opened, translated
+from edgeexit.remote.talk import Talk, last_line, talk
 
 __all__ = ["Done", "Item", "Link", "LinkLost", "Uploaded", "connect"]
 
+# History: 1 first.
 PROTOCOL = 1
-MAX_LINE_BYTES = 64 << 20
-MAX_BANNER_BYTES = 64 << 10
-MAX_ERR_BYTES = 64 << 10
-_ENDING_S = 3.0
-_AGAIN = "run the same command again: it goes on where it was"
+MAX_OUT_BYTES = 64 << 20
+_FIRST_ANSWER_S = 120.0
+_READ_BYTES = 1 << 15
 
 # Whatever the login shell, HOME is found by a POSIX one.
 _HOME = "${EDGEEXIT_HOME:-$HOME/.local/share/edgeexit}"
+_MARK = "edgeexit-home:"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """How a command on the board ended: its exit code, what it wrote (err: at most 64 KiB)."""
+    """How a command on the board ended: its exit code and what it wrote (err: the last 64 KiB)."""
 
     code: int
     out: bytes
@@ -85,38 +85,58 @@ class Link:
         self._connection = connection
         self._home: str | None = None
 
+    @property
+    def user(self) -> str:
+        """Who we are on the board."""
+        return str(self._connection.get_extra_info("username"))
+
     async def home(self) -> str:
         """The absolute path of edgeexit's folder on the board, which need not exist yet."""
         if self._home is None:
             # The mark tells the answer from what a login shell prints by itself.
-            done = await self.run(["sh", "-c", f'printf "\\nedgeexit-home:%s\\n" "{_HOME}"'])
-            found = [
-                line.removeprefix(b"edgeexit-home:").decode()
-                for line in done.out.splitlines()
-                if line.startswith(b"edgeexit-home:/")
-            ]
+            done = await self.run(["sh", "-c", f'printf "\\n{_MARK}%s\\n" "{_HOME}"'])
+            lines = done.out.decode(errors="replace").splitlines()
+            found = [line.removeprefix(_MARK) for line in lines if line.startswith(f"{_MARK}/")]
             if done.code != 0 or not found:
-                raise DeviceError(f"{self.host.name}: no POSIX shell: {_last(done.err)}")
-            self._home = found[-1]
+                raise DeviceError(
+                    f"{self.host.name}: no home folder found ({last_line(done.err)})",
+                    hint=f"can {self.user} log in there and run sh? EDGEEXIT_HOME must be absolute",
+                )
+            self._home = posixpath.normpath(found[-1])
         return self._home
+
+    def talk(self, argv: Sequence[str], doing: str) -> AbstractAsyncContextManager[Talk]:
+        """`async with` a Talk to the process *argv* on the board."""
+        return talk(self.host, self._connection, argv, doing)
 
     async def run(
         self, argv: Sequence[str], *, stdin: bytes = b"", timeout_s: float = 60.0
     ) -> Done:
-        """Run *argv* on the board, *stdin* given to it; any exit code is an answer."""
+        """
+        Run *argv* on the board, *stdin* given to it; any exit code is an answer.
+
+        DeviceError if it takes longer than *timeout_s* or writes more than 64 MiB.
+        """
+        doing = argv[0]
         try:
-            async with asyncio.timeout(timeout_s):
-                found = await self._connection.run(shlex.join(argv), input=stdin, encoding=None)
+            async with asyncio.timeout(timeout_s), self.talk(argv, doing) as process:
+                sending = asyncio.create_task(self._give(process, stdin))
+                try:
+                    out = await process.rest(MAX_OUT_BYTES)
+                    code, err = await process.ended()
+                finally:
+                    sending.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
         except TimeoutError:
-            raise DeviceError(f"{self.host.name}: {argv[0]}: not done in {timeout_s:g} s") from None
-        except (OSError, asyncssh.Error) as error:
-            raise self._lost(error) from error
-        out, err = bytes(found.stdout or b""), bytes(found.stderr or b"")  # type: ignore[arg-type]
-        if found.returncode is None:
-            raise self._lost(None)
-        return Done(
-            code=found.returncode, out=out, err=err[-MAX_ERR_BYTES:].decode(errors="replace")
-        )
+            raise DeviceError(
+                f"{self.host.name}: {doing}: not done within {timeout_s:g} s"
+            ) from None
+        return Done(code=code, out=out, err=err)
+
+    @staticmethod
+    async def _give(process: Talk, stdin: bytes) -> None:
+        await process.say(stdin)
+        process.hush()
 
     async def agent(
         self,
@@ -124,40 +144,74 @@ class Link:
         order: Mapping[str, Any],
         *,
         on_progress: Callable[[dict[str, Any]], None] | None = None,
+        on_need: Callable[[dict[str, Any]], Awaitable[Mapping[str, Any]]] | None = None,
     ) -> dict[str, Any]:
         """
         The result of `edgeexit agent SUB` on the board, which works only while we listen.
 
-        A refusal of the board is raised as the error of its exit code, "HOST: message".
+        When the board needs something in between, *on_need* brings it (it may upload and fetch
+        over this link) and its answer goes back as one line. A refusal of the board is raised as
+        the error of its exit code, "HOST: message".
         """
-        command = ["sh", "-c", f'exec "{_HOME}/env/current/bin/edgeexit" "$@"']
-        text = shlex.join([*command, "edgeexit", "agent", sub])
-        process: Any = await self._connection.create_process(text, encoding=None)
-        try:
-            process.stdin.write(json.dumps(order).encode() + b"\n")
-            async for line in process.stdout:
-                if not line.startswith(b"{"):
-                    continue
-                said = parse_json(line, f"{self.host.name}: agent {sub}")
+        program = f'exec "{_HOME}/env/current/bin/edgeexit" "$@"'
+        argv = ["sh", "-c", program, "edgeexit", "agent", sub]
+        process: Talk
+        async with self.talk(argv, f"agent {sub}") as process:
+            await process.say(order)
+            try:
+                async with asyncio.timeout(_FIRST_ANSWER_S):
+                    head = await process.greeting("agent")
+            except TimeoutError:
+                raise DeviceError(
+                    f"{process.place}: said nothing within {_FIRST_ANSWER_S:g} s"
+                ) from None
+            if head is None:
+                raise await self._silent(process)
+            self._greeted(process, head)
+            while (said := await process.hear()) is not None:
+                if "result" in said:
+                    return said.get("result", dict)
+                if "error" in said:
+                    raise self._refused(said.table("error"))
                 if "progress" in said and on_progress is not None:
                     on_progress(said.get("progress", dict))
-                elif "result" in said:
-                    return said.get("result", dict)
-                elif "error" in said:
-                    raise self._refused(said.table("error"))
-                elif "agent" in said:
-                    self.version = said.get("edgeexit", str)
-            raise DeviceError(f"{self.host.name}: agent {sub} ended without an answer")
-        finally:
-            process.stdin.write_eof()
-            process.terminate()
-            process.close()
+                if "need" in said and on_need is not None:
+                    await process.say(await on_need(said.get("need", dict)))
+            raise await self._silent(process)
+
+    def _greeted(self, process: Talk, head: Table) -> None:
+        spoken, self.version = head.values["agent"], str(head.values.get("edgeexit"))[:40]
+        if spoken != PROTOCOL:
+            import edgeexit
+
+            raise DeviceError(
+                f"{process.place}: edgeexit {printable(self.version)} there speaks protocol "
+                f"{printable(repr(spoken)[:20])}, edgeexit {edgeexit.__version__} here {PROTOCOL}",
+                hint=f"edgeexit setup {self.host.name} puts this version there; "
+                "or upgrade edgeexit here",
+            )
+
+    async def _silent(self, process: Talk) -> DeviceError:
+        code, err = await process.ended()
+        if code in (126, 127):
+            return DeviceError(
+                f"{self.host.name}: edgeexit is not installed there",
+                hint=f"edgeexit setup {self.host.name}",
+            )
+        return DeviceError(
+            f"{process.place}: ended with code {code} and without an answer: {last_line(err)}",
+            hint=f"edgeexit doctor --host {self.host.name}",
+        )
 
     def _refused(self, said: Table) -> EdgeExitError:
-        code = said.get("exit_code", int)
+        try:
+            message, code = said.get("message", str), said.get("exit_code", int)
+            hint = said.get("hint", str) if said.values.get("hint") is not None else None
+        except BadFile as error:
+            return DeviceError(str(error))
         kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
-        message = f"{self.host.name}: {printable(said.get('message', str))}"
-        return kinds.get(code, DeviceError)(message, hint=said.values.get("hint"))
+        kind = kinds.get(code, DeviceError)
+        return kind(f"{self.host.name}: {printable(message[:2000])}", hint=hint)
 
     async def upload(
         self, files: Sequence[Item], *, on_bytes: Callable[[int], None] | None = None
@@ -165,7 +219,9 @@ class Link:
         """
         Put *files* into HOME/blobs, each under its SHA-256; what is there is not sent again.
 
-        *on_bytes* is called with the bytes that just arrived (skipped ones count at once).
+        *on_bytes* is called with the bytes that just arrived or were there already. An upload
+        that broke goes on where it was. StorageError if the board cannot take it, BadFile if a
+        file is not what its digest says.
         """
         from edgeexit.remote.upload import upload
 
@@ -173,38 +229,42 @@ class Link:
 
     async def fetch(self, remote_path: str, *, limit_bytes: int) -> bytes:
         """The bytes of the file *remote_path* of the board; BadFile if there are more."""
-        async with self.sftp() as sftp:
-            size = (await sftp.stat(remote_path)).size or 0
-            if size > limit_bytes:
-                raise BadFile(f"{self.host.name}: {remote_path}: more than {limit_bytes} bytes")
-            async with sftp.open(remote_path, "rb") as file:
-                return bytes(await file.read())  # type: ignore[arg-type]
+        doing = f"fetch {remote_path}"
+        found = bytearray()
+        async with self.sftp(doing) as sftp, sftp.open(remote_path, "rb", block_size=0) as file:
+            while data := await file.read(_READ_BYTES, len(found)):
+                assert isinstance(data, bytes)
+                found += data
+                if len(found) > limit_bytes:
+                    place = f"{self.host.name}: {remote_path}"
+                    raise BadFile(f"{place}: more than {limit_bytes} bytes")
+        return bytes(found)
 
     async def remove(self, remote_path: str) -> None:
-        """Remove the file or folder *remote_path*, which must lie in edgeexit's folder."""
+        """
+        Remove the file or folder *remote_path* of the board, durably; nothing if it is not there.
+
+        UsageError unless it lies in edgeexit's folder.
+        """
         home = await self.home()
-        if not remote_path.startswith(f"{home}/") or "/../" in f"{remote_path}/":
-            raise DeviceError(f"{self.host.name}: {remote_path}: is not in {home}")
-        done = await self.run(["rm", "-rf", "--", remote_path])
+        if not posixpath.normpath(remote_path).startswith(f"{home}/"):
+            raise UsageError(f"{self.host.name}: {remote_path}: does not lie in {home}")
+        done = await self.run(["rm", "-rf", "--", posixpath.normpath(remote_path)])
         if done.code != 0:
-            raise StorageError(f"{self.host.name}: {remote_path}: {_last(done.err)}")
+            raise StorageError(f"{self.host.name}: {remote_path}: {last_line(done.err)}")
 
     @asynccontextmanager
-    async def sftp(self) -> AsyncIterator[asyncssh.SFTPClient]:
-        """A client of the board's sftp server; its failures become ours."""
-        try:
-            async with self._connection.start_sftp_client() as client:
+    async def sftp(self, doing: str) -> AsyncIterator[asyncssh.SFTPClient]:
+        """A client of the board's sftp server, with errors of ours."""
+        with translated(self.host, self._connection, doing):
+            try:
+                client = await self._connection.start_sftp_client()
+            except (asyncssh.ChannelOpenError, asyncssh.SFTPError) as error:
+                if isinstance(error, asyncssh.SFTPBadMessage) or self._connection.is_closed():
+                    raise
+                raise DeviceError(
+                    f"{self.host.name}: {doing}: no sftp there ({printable(error.reason)})",
+                    hint="Subsystem sftp internal-sftp in its /etc/ssh/sshd_config",
+                ) from error
+            async with client:
                 yield client
-        except asyncssh.SFTPError as error:
-            raise DeviceError(f"{self.host.name}: sftp: {printable(error.reason)}") from error
-        except (OSError, asyncssh.Error) as error:
-            raise self._lost(error) from error
-
-    def _lost(self, error: Exception | None) -> EdgeExitError:
-        reason = f": {printable(str(error))}" if error else ""
-        return LinkLost(f"{self.host.name}: the link broke{reason}", hint=_AGAIN)
-
-
-def _last(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return printable(lines[-1][:300]) if lines else "it says nothing"
