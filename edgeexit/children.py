@@ -1,7 +1,7 @@
 """
 Processes of our own: a fresh interpreter that runs one of the package's modules or a few lines.
 
-Callers see command and environment. Hidden here: a checkout that is not installed is found
+Callers see command, environment and running. Hidden here: a checkout that is not installed is found
 through PYTHONPATH, and nothing of the current folder is ever imported.
 """
 
@@ -23,3 +23,14 @@ def environment() -> dict[str, str]:
     known = os.environ.get("PYTHONPATH", "")
     paths = os.pathsep.join(filter(None, [str(_PACKAGE_HOME), known]))
     return {**os.environ, "PYTHONPATH": paths}
+
+
+def running(module: str) -> list[int]:
+    """The numbers of the processes on this machine that run *module* by `python -m`."""
+    import psutil
+
+    return [
+        process.info["pid"]
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if module in (process.info["cmdline"] or ())
+    ]

@@ -12,14 +12,15 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Protocol
 
 import numpy as np
 
 from edgeexit import intervals
-from edgeexit.blocks import Block, Case, Process
+from edgeexit.blocks import Block, Case, Process, reading_document, reading_from
 from edgeexit.errors import UsageError
+from edgeexit.files import Table
 from edgeexit.notebook import Notebook
 from edgeexit.profile import Estimate
 from edgeexit.sitting import Sitting
@@ -29,6 +30,7 @@ FEWEST_PROCESSES = 5
 MOST_PROCESSES = 60
 FEWEST_ROUNDS, _MOST_ROUNDS = 4, 12
 _FEEL_NS = 500_000_000
+_INTERVAL = ("value", "low", "high")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,35 @@ class Progress:
     wanted: int
     reading: Reading | None
     exits: "Known"
+
+    def to_document(self) -> dict[str, Any]:
+        """The progress as a JSON object."""
+        exits = None
+        if self.exits is not None:
+            exits = [{"exit": name, **asdict(found)} for name, found in self.exits]
+        reading = None if self.reading is None else reading_document(self.reading)
+        return {**vars(self), "reading": reading, "exits": exits}
+
+    @classmethod
+    def from_document(cls, table: Table) -> "Progress":
+        """Read what to_document wrote."""
+        table.only(*(field.name for field in fields(cls)))
+        exits = None
+        if table.values.get("exits") is not None:
+            exits = tuple(
+                (row.get("exit", str), Estimate(**{key: row.get(key, float) for key in _INTERVAL}))
+                for row in table.tables("exits")
+            )
+        has_reading = table.values.get("reading") is not None
+        return cls(
+            what=table.get("what", str),
+            done=table.get("done", float),
+            left_s=table.get("left_s", float),
+            blocks=table.get("blocks", int),
+            wanted=table.get("wanted", int),
+            reading=reading_from(table.table("reading")) if has_reading else None,
+            exits=exits,
+        )
 
 
 Step = Callable[[Progress], object]

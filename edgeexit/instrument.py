@@ -49,22 +49,10 @@ def check_device(name: str, machine: Machine | None = None) -> str:
     is_here = here.model is not None and device.matches(here.model)
     if device.name not in (here.name, HOST) and not is_here:
         raise DeviceError(
-            f"device {device.name!r}: this machine is {here.name!r}, and measuring on another "
-            "machine is not in this version",
-            hint=f"run the same command on the {device.title}, and copy its profile here",
+            f"device {device.name!r}: this machine is {here.name!r}, expected the {device.title}",
+            hint="edgeexit profile --host USER@ADDRESS measures over ssh",
         )
     return device.name
-
-
-def measuring_now() -> list[int]:
-    """The numbers of the timing processes that run on this machine."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        if "edgeexit.timing" in (process.info["cmdline"] or ()):
-            found.append(process.info["pid"])
-    return found
 
 
 def measure(

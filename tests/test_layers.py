@@ -95,6 +95,7 @@ ROOMS = (
     "vitals",
     "installation",
     "doctor",
+    "agent",
     "remote",
     "demo",
 )

@@ -32,13 +32,21 @@ COMMANDS = {
     "verify": "recompute a policy and its certificate from the files",
     "run": "classify, stopping at the first exit that is sure enough",
     "evaluate": "measure accuracy, exit rates and latency on labelled samples",
+    "deploy": "make a bundle what boards run, tested there before",
+    "rollback": "make boards run what they ran before",
     "inspect": "show what a bundle holds",
     "devices": "list the known boards; which one is this?",
     "meters": "list the energy meters of this machine, and test one",
     "calibration": "make and check sets of labelled samples",
+    "setup": "put edgeexit on a board that has only Python",
+    "uninstall": "take edgeexit off a board again",
     "doctor": "find what would ruin a run, and what mends it",
     "demo": "profile, tune and run the shipped example",
 }
+
+
+# Called by other machines, not by people: not listed.
+HIDDEN = ("agent",)
 
 
 class LazyGroup(click.Group):
@@ -50,7 +58,7 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return one command."""
-        if cmd_name not in COMMANDS:
+        if cmd_name not in COMMANDS and cmd_name not in HIDDEN:
             return None
         module = importlib.import_module(f"edgeexit.cli.{cmd_name}")
         command = module.command
@@ -63,7 +71,7 @@ class LazyGroup(click.Group):
         """Like click's, but an unknown command names the nearest one."""
         from edgeexit.names import unknown
 
-        if args and not args[0].startswith("-") and args[0] not in COMMANDS:
+        if args and not args[0].startswith("-") and args[0] not in (*COMMANDS, *HIDDEN):
             raise unknown(args[0], COMMANDS, "command")
         return super().resolve_command(ctx, args)
 
@@ -118,34 +126,36 @@ def guarded(work: Callable[[], object]) -> int:
     """The exit code of *work*: whatever it raises becomes one line on stderr, as in entry."""
     try:
         work()
-    except EdgeExitError as error:
-        return _refuse(str(error), error.hint, error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         return error.exit_code
     except click.exceptions.Exit as error:
         return error.exit_code
-    except click.UsageError as error:
-        command = error.ctx.command_path if error.ctx else _PROGRAM
-        return _refuse(error.format_message(), f"{command} --help shows how", 2)
-    except click.ClickException as error:
-        return _refuse(error.format_message(), None, error.exit_code)
-    except (click.Abort, KeyboardInterrupt):
-        return _refuse("interrupted", None, 130)
     except BrokenPipeError:
         return _pipe_closed()
-    except MemoryError:
-        return _refuse(
-            "out of memory", "close other programs, or give fewer samples", DeviceError.exit_code
-        )
-    except OSError as error:
-        refusal = from_os_error(error)
-        if refusal is None:
-            return _bug(error)
-        return _refuse(str(refusal), refusal.hint, refusal.exit_code)
-    except Exception as error:
-        return _bug(error)
+    except (Exception, KeyboardInterrupt) as error:
+        return _refuse(*explained(error))
     return 0
+
+
+def explained(error: BaseException) -> tuple[str, str | None, int]:
+    """What *error* means for whoever called: a message, a hint or None, and the exit code."""
+    if isinstance(error, OSError):
+        error = from_os_error(error) or error
+    match error:
+        case EdgeExitError():
+            return str(error), error.hint, error.exit_code
+        case click.UsageError():
+            command = error.ctx.command_path if error.ctx else _PROGRAM
+            return error.format_message(), f"{command} --help shows how", 2
+        case click.ClickException():
+            return error.format_message(), None, error.exit_code
+        case click.Abort() | KeyboardInterrupt():
+            return "interrupted", None, 130
+        case MemoryError():
+            hint = "close other programs, or give fewer samples"
+            return "out of memory", hint, DeviceError.exit_code
+    return _bug(error)
 
 
 def script() -> None:
@@ -166,19 +176,18 @@ def _pipe_closed() -> int:
     return 0
 
 
-def _bug(error: Exception) -> int:
+def _bug(error: BaseException) -> tuple[str, str | None, int]:
     is_debugged = os.environ.get("EDGEEXIT_DEBUG") == "1"
     if is_debugged:
         click.echo("".join(traceback.format_exception(error)), err=True, nl=False)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{os.path.basename(frame.filename)}:{frame.lineno}"  # noqa: PTH119
-    return _refuse(
-        f"a bug in edgeexit: {type(error).__name__} at {place}: {error}",
+    hint = (
         "please report it with this line and the command"
         if is_debugged
-        else "EDGEEXIT_DEBUG=1 shows more; please report it with that and the command",
-        1,
+        else "EDGEEXIT_DEBUG=1 shows more; please report it with that and the command"
     )
+    return f"a bug in edgeexit: {type(error).__name__} at {place}: {error}", hint, 1
 
 
 def _refuse(message: str, hint: str | None, code: int) -> int:
@@ -198,6 +207,18 @@ def require_host(command: str) -> None:
         raise UsageError(
             f"{command} needs the host side; not installed here: {', '.join(absent)}",
             hint='pip install "edgeexit[torch]" (see README, "Install")',
+        )
+
+
+def require_remote(command: str) -> None:
+    """UsageError unless what *command* needs to reach boards over ssh is installed."""
+    from importlib.util import find_spec
+
+    absent = [name for name in ("asyncssh", "tomlkit") if not find_spec(name)]
+    if absent:
+        raise UsageError(
+            f"{command} needs ssh; not installed here: {', '.join(absent)}",
+            hint='pip install "edgeexit[ssh]"',
         )
 
 

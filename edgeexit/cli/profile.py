@@ -1,14 +1,23 @@
-"""`edgeexit profile`: measure what each exit costs on this machine."""
+"""`edgeexit profile`: measure what each exit costs on this machine, or on a board over ssh."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli import finite, percentage
+from edgeexit.cli import finite, percentage, require_remote
+from edgeexit.errors import DeviceError, Disturbed, EdgeExitError, UsageError
+
+if TYPE_CHECKING:
+    from edgeexit.blocks import Mode
+    from edgeexit.bundle import Bundle
+    from edgeexit.collect import Limits
+    from edgeexit.profile import Profile
+    from edgeexit.remote.hosts import Host
 
 
 def _core_list(
@@ -32,6 +41,13 @@ def _core_list(
 @click.argument("bundle_path", metavar="[BUNDLE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--device", "device_name", help="a name from devices/ (default: what this machine is)"
+)
+@click.option(
+    "--host",
+    "host_name",
+    metavar="NAME|USER@ADDRESS",
+    help="measure on this board over ssh (default: this machine if it is the device, else the "
+    "one of hosts.toml that is)",
 )
 @click.option(
     "--mode",
@@ -80,6 +96,7 @@ def _core_list(
 def command(
     bundle_path: Path | None,
     device_name: str | None,
+    host_name: str | None,
     mode: str,
     rate: float | None,
     threads: int | None,
@@ -99,52 +116,49 @@ def command(
 
     \b
     edgeexit profile --device host
+    edgeexit profile --device rpi4         # here, or over ssh: see edgeexit hosts
+    edgeexit profile --host pi@raspberrypi.local
     edgeexit profile fashion.edgeexit --mode sustained --threads 4 --time-cap 300
     edgeexit profile --mode paced --rate 5 --meter ina219:0x40,shunt=0.1
-    edgeexit profile --resume              # after Ctrl-C, a crash or a full disk
+    edgeexit profile --resume              # after Ctrl-C, a crash, a full disk, a broken link
 
     Every set of exits that could pay is cut out and timed through the call that `run` makes;
     raw values go to ./profile-DEVICE.json with a verdict: clean, or what was wrong. Leave the
-    machine alone meanwhile. Exit code 6: not clean; 5: the meter failed (latencies are kept).
+    machine alone meanwhile; its meters are meant, too. Exit code 6: not clean; 5: the board, the
+    link or the meter failed (with a meter that failed, latencies are kept).
     """
-    from edgeexit import device, instrument, names, page, report
+    from edgeexit import names, page, report
     from edgeexit.blocks import CLEAN, PACED, Mode
     from edgeexit.bundle import load_bundle
     from edgeexit.collect import Limits
-    from edgeexit.errors import DeviceError, Disturbed, UsageError
     from edgeexit.files import check_output, json_bytes, write_file
 
-    asked = device_name or device.this_device()
-    name, kind = instrument.check_device(asked), device.find_device(asked)
+    host = _board_for(device_name, host_name)
     bundle = load_bundle(bundle_path or names.only_bundle_here())
-    path = output or Path(f"profile-{name}.json")
-    for target in filter(None, (path, html)):
-        check_output(target, *bundle.path.iterdir())
-    if html is not None and html.resolve() == path.resolve():
-        raise UsageError(f"{html}: is where the profile goes", hint="name another file with --html")
-    limits = Limits(processes=processes, precision=precision, time_cap_s=time_cap_s)
-    if mode == PACED and rate is None:
-        rate = 5.0
-    book = path.with_name(f"{path.name}.part")
-    rivals = instrument.measuring_now()
-    if rivals:
-        click.echo(
-            f"warning: process {rivals[0]} is measuring, too: each will disturb the other", err=True
-        )
-    with _live(report.live_line) as show, _resumable(book):
-        found = instrument.measure(
-            bundle,
-            asked,
-            mode=Mode(name=mode, rate_hz=rate),
-            threads=threads or kind.threads,
-            cores=kind.pin if cores is None else cores,
-            limits=limits,
-            meter=None if meter == "none" else meter,
-            notebook=book,
-            resume=resume,
-            on_step=show,
-            save=lambda profile: profile.save(path),
-        )
+
+    def path_for(device: str) -> Path:
+        """Where the profile of *device* goes; refused if it, or the page, cannot go there."""
+        path = output or Path(f"profile-{device}.json")
+        for target in filter(None, (path, html)):
+            check_output(target, *bundle.path.iterdir())
+        if html is not None and html.resolve() == path.resolve():
+            raise UsageError(
+                f"{html}: is where the profile goes", hint="name another file with --html"
+            )
+        return path
+
+    order = _Order(
+        bundle=bundle,
+        device=device_name,
+        mode=Mode(name=mode, rate_hz=5.0 if mode == PACED and rate is None else rate),
+        threads=threads,
+        cores=cores,
+        limits=Limits(processes=processes, precision=precision, time_cap_s=time_cap_s),
+        meter=None if meter == "none" else meter,
+        resume=resume,
+        path_for=path_for,
+    )
+    path, found = _measured_here(order) if host is None else _measured_there(order, host)
     if html is not None:
         write_file(html, page.profile_page(found).encode())
     if as_json:
@@ -160,19 +174,6 @@ def command(
         raise Disturbed(f"{path}: {status.upper()} ({kinds})", hint=_HINTS[status])
 
 
-@contextmanager
-def _resumable(book: Path) -> Iterator[None]:
-    """Say how to go on when Ctrl-C, a process that died or a full disk stops what has begun."""
-    from edgeexit.errors import DeviceError, StorageError
-
-    try:
-        yield
-    except (KeyboardInterrupt, DeviceError, StorageError):
-        if book.is_file():
-            click.echo(f"{book}: kept; the same command with --resume goes on", err=True)
-        raise
-
-
 _HINTS = {
     "disturbed": "edgeexit doctor tells what can be mended; then measure again",
     "not converged": "give it more time, such as --time-cap 300, or ask for less with --precision",
@@ -180,22 +181,162 @@ _HINTS = {
 }
 
 
-class _live:  # noqa: N801
-    """One line on the terminal that is written anew between rounds; silent elsewhere."""
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """What shall be measured; where None stands, the device says. *path_for* as in command."""
 
-    def __init__(self, line: Any) -> None:
-        self._line = line
-        self._is_shown = sys.stderr is not None and sys.stderr.isatty()
-        self._width = 0
+    bundle: "Bundle"
+    device: str | None
+    mode: "Mode"
+    threads: int | None
+    cores: tuple[int, ...] | None
+    limits: "Limits"
+    meter: str | None
+    resume: bool
+    path_for: Callable[[str], Path]
 
-    def __enter__(self) -> Any:
-        return self._show if self._is_shown else None
 
-    def _show(self, progress: Any) -> None:
-        text = self._line(progress)[: click.get_current_context().terminal_width or 110]
-        click.echo("\r" + text.ljust(self._width), err=True, nl=False)
-        self._width = len(text)
+def _board_for(device_name: str | None, host_name: str | None) -> "Host | None":
+    """
+    The host to measure on: *host_name*, or the one of hosts.toml that is a *device_name*.
 
-    def __exit__(self, *_: object) -> None:
-        if self._width:
-            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
+    None for this machine: where nothing is named, or it is that device. UsageError if several
+    hosts are such boards, DeviceError if none is.
+    """
+    from edgeexit import device, instrument
+    from edgeexit.remote.hosts import Hosts, chosen
+
+    if host_name is not None:
+        return chosen([host_name], [])[0]
+    if device_name is None:
+        return None
+    try:
+        instrument.check_device(device_name)
+    except DeviceError as error:
+        kind, hosts = device.find_device(device_name), Hosts.read()
+        found = [host for host in hosts.all if host.device == kind.name]
+        if not found:
+            error.hint = f"edgeexit hosts add NAME USER@ADDRESS --device {kind.name}: then over ssh"
+            raise
+    else:
+        return None
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(host.name for host in found)
+    raise UsageError(
+        f"device {kind.name!r}: {len(found)} hosts in {hosts.path} are such boards: {names}",
+        hint=f"name one of them, such as --host {found[0].name}",
+    )
+
+
+def _measured_here(order: _Order) -> "tuple[Path, Profile]":
+    from edgeexit import children, device, instrument, report
+    from edgeexit.errors import StorageError
+
+    asked = order.device or device.this_device()
+    kind = device.find_device(asked)
+    path = order.path_for(kind.name)
+    book = path.with_name(f"{path.name}.part")
+    _warn_of(children.running("edgeexit.timing"), "")
+    try:
+        with _live() as show:
+            found = instrument.measure(
+                order.bundle,
+                asked,
+                mode=order.mode,
+                threads=order.threads or kind.threads,
+                cores=kind.pin if order.cores is None else order.cores,
+                limits=order.limits,
+                meter=order.meter,
+                notebook=book,
+                resume=order.resume,
+                on_step=show and (lambda step: show(report.live_line(step))),
+                save=lambda profile: profile.save(path),
+            )
+    except (KeyboardInterrupt, DeviceError, StorageError):
+        # Ctrl-C, a process that died or a full disk stopped what had begun.
+        if book.is_file():
+            click.echo(f"{book}: kept; the same command with --resume goes on", err=True)
+        raise
+    return path, found
+
+
+def _measured_there(order: _Order, host: "Host") -> "tuple[Path, Profile]":
+    import asyncio
+
+    from edgeexit import report
+
+    require_remote("measuring on a board")
+    from edgeexit.remote import profiling
+
+    began = False
+    path = Path()
+
+    def met(board: profiling.Board) -> None:
+        nonlocal path
+        path = order.path_for(board.device)
+        _warn_of(board.measuring, f"{host.name}: ")
+
+    try:
+        with _live() as show:
+
+            def step(progress: Any) -> None:
+                nonlocal began
+                began = True
+                if show is not None:
+                    show(f"{host.name}: {report.live_line(progress)}")
+
+            def sent(done: int, total: int) -> None:
+                if show is not None:
+                    show(f"{host.name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB are there")
+
+            found = asyncio.run(
+                profiling.measure(
+                    host,
+                    order.bundle,
+                    order.device,
+                    mode=order.mode,
+                    threads=order.threads,
+                    cores=order.cores,
+                    limits=order.limits,
+                    meter=order.meter,
+                    resume=order.resume,
+                    save=lambda profile: profile.save(path),
+                    on_board=met,
+                    on_bytes=sent,
+                    on_step=step,
+                )
+            )
+    except (KeyboardInterrupt, EdgeExitError):
+        if began:
+            click.echo(f"{host.name}: keeps it; the same command with --resume goes on", err=True)
+        raise
+    return path, found
+
+
+def _warn_of(rivals: list[int], where: str) -> None:
+    if rivals:
+        click.echo(
+            f"warning: {where}process {rivals[0]} is measuring, too: each will disturb the other",
+            err=True,
+        )
+
+
+@contextmanager
+def _live() -> Iterator[Callable[[str], None] | None]:
+    """Yield what shows a line on the terminal in place of the last one; None elsewhere."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield None
+        return
+    width = 0
+
+    def show(line: str) -> None:
+        nonlocal width
+        text = line[: click.get_current_context().terminal_width or 110]
+        click.echo("\r" + text.ljust(width), err=True, nl=False)
+        width = len(text)
+
+    try:
+        yield show
+    finally:
+        click.echo("\r" + " " * width + "\r", err=True, nl=False)
