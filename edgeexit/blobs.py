@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgeexit.errors import BadFile, storage
-from edgeexit.files import json_bytes, make_folder, new_folder, sync_folder
+from edgeexit.files import json_bytes, make_folder, new_folder
 from edgeexit.manifest import RECORD, Entry, Manifest, digest_in
 
 # What an upload under way needs must not be collected.
@@ -33,7 +33,11 @@ class Blobs:
     def missing(self, manifest: Manifest) -> list[Entry]:
         """The files of *manifest* that have not come, each content once."""
         first = {entry.sha256: entry for entry in reversed(manifest.files)}
-        return [entry for sha256, entry in first.items() if not self.path(sha256).is_file()]
+        return [entry for entry in first.values() if not self._is_here(entry)]
+
+    def _is_here(self, entry: Entry) -> bool:
+        path = self.path(entry.sha256)
+        return path.is_file() and path.stat().st_size == entry.size_bytes
 
     def add(self, entry: Entry, source: Path) -> None:
         """Copy the file *source* of this very machine; BadFile if it is not what *entry* says."""
@@ -43,8 +47,8 @@ class Blobs:
         with storage(target):
             try:
                 _copy(entry, source, part, os.O_TRUNC)
+                # Not synced: whoever takes it looks at every byte.
                 part.replace(target)
-                sync_folder(self.folder)
             finally:
                 part.unlink(missing_ok=True)
 
@@ -62,7 +66,7 @@ class Blobs:
                 (folder / below).mkdir()
             for entry in manifest.files:
                 source = self.path(entry.sha256)
-                if not source.is_file():
+                if not self._is_here(entry):
                     source = (others or {}).get(entry.sha256, source)
                 try:
                     _copy(entry, source, folder / entry.path, os.O_EXCL, mode=0o444)
@@ -89,7 +93,6 @@ def _copy(entry: Entry, source: Path, target: Path, flags: int, mode: int = 0o66
     handle = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | flags, mode)
     try:
         found = digest_in(source, handle)
-        os.fsync(handle)
     finally:
         os.close(handle)
     if found != (entry.size_bytes, entry.sha256):

@@ -9,7 +9,6 @@ that are exchanged by one rename each; nothing is run whose bytes are not those 
 
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -26,21 +25,12 @@ from edgeexit.errors import (
     StorageError,
     Unsupported,
     UsageError,
-    storage,
 )
-from edgeexit.files import (
-    json_bytes,
-    make_folder,
-    parse_json,
-    point,
-    read_bytes,
-    sync_folder,
-    write_file,
-)
-from edgeexit.intents import Intent, Links, Mark, State, is_release
+from edgeexit.intents import Intent, Links, Mark, State
 from edgeexit.locks import hold
-from edgeexit.manifest import RECORD, Entry, Manifest
+from edgeexit.manifest import Entry, Manifest
 from edgeexit.names import unknown
+from edgeexit.shelf import Shelf
 
 ENVIRONMENT = "EDGEEXIT_HOME"
 
@@ -50,7 +40,6 @@ MOST_TRIES = 3
 MOST_REPAIRS = 8
 
 _APP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,63}")
-_MAX_STATE_BYTES = 1 << 20
 _MAX_MARKS = 32
 _MAX_MESSAGE = 500
 # Refusals of a check that are the release's fault, not the board's.
@@ -129,8 +118,8 @@ class Releases:
                 f"app {app[:60]!r}: not a name that a folder can have",
                 hint="letters, digits and _ . + - are allowed",
             )
-        self.app, self.folder = app, home / "apps" / app
-        self._store, self._blobs = self.folder / "releases", Blobs(home)
+        self.app, self._home = app, home
+        self._shelf, self._blobs = Shelf(home / "apps" / app), Blobs(home)
         self._tell = tell if tell is not None else lambda line: None
         self._is_locked = False
 
@@ -142,8 +131,8 @@ class Releases:
         if self._is_locked:
             yield
             return
-        make_folder(self._store)
-        with hold(self.folder / "lock", f"the releases of {self.app}"):
+        self._shelf.make()
+        with hold(self._shelf.lock, f"the releases of {self.app}"):
             self._is_locked = True
             try:
                 yield
@@ -152,7 +141,7 @@ class Releases:
 
     def missing(self, manifest: Manifest) -> list[Entry]:
         """The files that neither the uploads nor the sound releases of this app hold."""
-        others = self._files()
+        others = self._shelf.files()
         return [e for e in self._blobs.missing(manifest) if e.sha256 not in others]
 
     def add(self, entry: Entry, source: Path) -> None:
@@ -166,20 +155,18 @@ class Releases:
         BadFile if a file has not come, or came altered (it is removed, to be sent again).
         """
         with self._repaired() as state:
-            release, links = manifest.id, self._links()
-            if self._fault(release) is None:
-                sync_folder(self._store)
-            else:
+            release, links = manifest.id, self._shelf.links()
+            if self._shelf.fault(release) is not None:
                 intent = Intent(what="install", release=release, before=links, after=links)
-                state = self._write(replace(state, intent=intent))
+                state = self._shelf.write(replace(state, intent=intent))
                 with self._clearing(state):
-                    others = self._files()
-                    self._blobs.build(manifest, self._store / release, others=others)
+                    others = self._shelf.files()
+                    self._blobs.build(manifest, self._shelf.release(release), others=others)
             mark = state.bad.get(release)
             is_bad = mark is not None and mark.cause == "check"
             bad = state.bad if is_bad else _less(state.bad, release)
             staged = None if is_bad or links.current == release else release
-            self._write(replace(state, intent=None, staged=staged, bad=bad))
+            self._shelf.write(replace(state, intent=None, staged=staged, bad=bad))
             return release
 
     def activate(self, release: str, check: Check, *, force: bool = False) -> Change:
@@ -191,7 +178,7 @@ class Releases:
         if it is not installed.
         """
         with self._repaired() as state:
-            links = self._links()
+            links = self._shelf.links()
             folder = self._sound(release, state)
             mark = state.bad.get(release)
             if mark is not None and not force:
@@ -210,14 +197,14 @@ class Releases:
         """Make the previous release the current one, and the other way round. No check is run."""
         self._require()
         with self._repaired() as state:
-            links = self._links()
+            links = self._shelf.links()
             if links.previous is None:
                 raise UsageError(
                     f"{self.app}: no previous release to go back to",
                     hint="deploy the bundle that you want to run",
                 )
             self._sound(links.previous, state)
-            is_sound = links.current is not None and self._fault(links.current) is None
+            is_sound = links.current is not None and self._shelf.fault(links.current) is None
             after = Links(current=links.previous, previous=links.current if is_sound else None)
             self._switch(state, "rollback", after)
             return _change(links, after)
@@ -229,23 +216,17 @@ class Releases:
         What is current, previous, staged or meant by an intent stays, and of the others the
         newest, if *keep* (how many besides the current one) leaves room. Needs no free space.
         """
-        if not self._store.is_dir():
+        if not self._shelf.is_there:
             return []
         with self.locked():
-            self._sweep()
-            state, links = self._read()[0], self._links()
+            self._shelf.sweep()
+            self._shelf.settle()
+            state, links = self._shelf.state()[0], self._shelf.links()
             named = set() if state.intent is None else state.intent.named
             kept = {links.current, links.previous, state.staged, *named}
-            others = [name for name in self.installed() if name not in kept]
-            others.sort(key=lambda name: -(self._store / name).stat().st_mtime)
-            removed = others[max(0, keep - len(kept - {links.current, None})) :]
-            for release in removed:
-                with storage(self._store / release):
-                    # Half a release is never seen under its name.
-                    (self._store / release).rename(self._store / f".{release}.old")
-            if removed:
-                sync_folder(self._store)
-            self._sweep()
+            others = [name for name in self._shelf.names() if name not in kept]
+            removed = others[: len(others) - max(0, keep - len(kept - {links.current, None}))]
+            self._shelf.remove(removed)
             blobs = self._blobs.collect()
             self._repair()
         return [
@@ -255,28 +236,27 @@ class Releases:
 
     def repair(self) -> None:
         """Finish or undo what a crash has left."""
-        if self._store.is_dir():
+        if self._shelf.is_there:
             with self._repaired():
                 pass
 
     def installed(self) -> list[str]:
-        """The names of the releases that are there, sound or not. Nothing is verified."""
-        try:
-            return sorted(path.name for path in self._store.iterdir() if is_release(path.name))
-        except OSError:
-            return []
+        """The names of the releases that are there, oldest first. Nothing is verified."""
+        return self._shelf.names()
 
     def current_id(self) -> str | None:
         """What `current` names at this moment. Nothing is verified."""
-        return self._links().current
+        return self._shelf.links().current
 
     def status(self) -> Status:
         """What is there, verified to the byte; nothing of an application that is not known."""
         with self._leniently() as (state, _):
             bad = {name: mark.message for name, mark in state.bad.items()}
-            names = self.installed()
-            faults = {name: fault for name in names if (fault := self._fault(name)) is not None}
-            links = self._links()
+            names = self._shelf.names()
+            faults = {
+                name: fault for name in names if (fault := self._shelf.fault(name)) is not None
+            }
+            links = self._shelf.links()
             return Status(
                 current=links.current,
                 previous=links.previous,
@@ -296,10 +276,10 @@ class Releases:
         self._require()
         for _ in range(3):
             with self._leniently() as (state, can_write):
-                links = self._links()
+                links = self._shelf.links()
                 found = self._choose(links, state, can_write=can_write)
                 # A deploy under way may have exchanged the links, and collected what they named.
-                if found is not None or can_write or links == self._links():
+                if found is not None or can_write or links == self._shelf.links():
                     break
         if found is not None:
             return found
@@ -311,12 +291,12 @@ class Releases:
         if links == Links():
             raise UsageError(f"{self.app}: no release was activated", hint="edgeexit deploy does")
         for release in dict.fromkeys(filter(None, (links.current, links.previous))):
-            fault = self._fault(release)
+            fault = self._shelf.fault(release)
             if fault is None:
                 if release != links.current and can_write:
                     with suppress(StorageError):
                         self._switch(state, "rollback", Links(current=release))
-                return self._store / release
+                return self._shelf.release(release)
             goes_on = release == links.current and links.previous is not None
             then = f"; the previous one, {links.previous}, is tried" if goes_on else ""
             self._tell(f"{self.app}: release {release} is refused: {fault}{then}")
@@ -326,9 +306,9 @@ class Releases:
         return None
 
     def _checked(self, release: str, folder: Path, check: Check, state: State) -> State:
-        links = self._links()
+        links = self._shelf.links()
         intent = Intent(what="check", release=release, before=links, after=links)
-        state = self._write(replace(state, intent=intent))
+        state = self._shelf.write(replace(state, intent=intent))
         with self._clearing(state):
             try:
                 check(folder)
@@ -344,161 +324,101 @@ class Releases:
             yield
         except BaseException:
             with suppress(EdgeExitError):
-                if self._read()[0].intent is not None:
-                    self._write(replace(state, intent=None))
+                if self._shelf.state()[0].intent is not None:
+                    self._shelf.write(replace(state, intent=None))
             raise
 
     def _before(self, links: Links, release: str) -> Links:
         """The links when *release* runs: a release that is no longer sound is not gone back to."""
-        is_sound = links.current is not None and self._fault(links.current) is None
+        is_sound = links.current is not None and self._shelf.fault(links.current) is None
         return Links(current=release, previous=links.current if is_sound else links.previous)
 
     def _switch(self, state: State, what: str, after: Links) -> None:
         assert after.current is not None
-        intent = Intent(what=what, release=after.current, before=self._links(), after=after)
-        self._settle(self._write(replace(state, intent=intent)), after)
+        intent = Intent(what=what, release=after.current, before=self._shelf.links(), after=after)
+        self._settle(self._shelf.write(replace(state, intent=intent)), after)
 
     def _settle(self, state: State, links: Links) -> State:
-        self._link("previous", links.previous)
-        self._link("current", links.current)
+        self._shelf.point(links)
         staged = None if state.staged == links.current else state.staged
-        return self._write(replace(state, intent=None, staged=staged))
-
-    def _link(self, name: str, release: str | None) -> None:
-        target = None if release is None else f"{self._store.name}/{release}"
-        point(self.folder / name, target)
+        return self._shelf.write(replace(state, intent=None, staged=staged))
 
     def _mark(self, state: State, release: str, cause: str, why: object) -> State:
         others = list(_less(state.bad, release).items())[1 - _MAX_MARKS :]
         bad = dict(others) | {release: Mark(cause=cause, message=str(why)[:_MAX_MESSAGE])}
         staged = None if state.staged == release else state.staged
-        return self._write(replace(state, intent=None, staged=staged, bad=bad))
-
-    # ------------------------------------------------------------ looking
-
-    def _require(self) -> None:
-        if not self._store.is_dir():
-            raise unknown(self.app, applications(self.folder.parent.parent), "app on this board")
-
-    def _links(self) -> Links:
-        return Links(current=self._target("current"), previous=self._target("previous"))
-
-    def _target(self, name: str) -> str | None:
-        try:
-            target = (self.folder / name).readlink()
-        except OSError:
-            return None
-        is_ours = str(target.parent) == self._store.name and is_release(target.name)
-        return target.name if is_ours else None
-
-    def _manifest(self, release: str) -> Manifest:
-        path = self._store / release / RECORD
-        try:
-            found = Manifest.from_document(parse_json(read_bytes(path), str(path)))
-        except UsageError as error:
-            raise BadFile(f"{path}: missing", hint="deploy it again") from error
-        if found.id != release:
-            raise BadFile(f"{path}: was altered", hint="deploy it again")
-        return found
-
-    def _fault(self, release: str) -> EdgeExitError | None:
-        """Why *release* cannot be run as it lies there, None if it is sound to the byte."""
-        try:
-            self._manifest(release).check_folder(self._store / release)
-        except (BadFile, StorageError) as error:
-            return error
-        return None
+        return self._shelf.write(replace(state, intent=None, staged=staged, bad=bad))
 
     def _sound(self, release: str, state: State) -> Path:
-        if release not in self.installed():
-            raise unknown(release, self.installed(), f"release of {self.app}")
-        fault = self._fault(release)
+        known = self._shelf.names()
+        if release not in known:
+            raise unknown(release, known, f"release of {self.app}")
+        fault = self._shelf.fault(release)
         if fault is not None:
             if isinstance(fault, BadFile):
                 self._mark(state, release, "altered", fault)
             raise fault
-        return self._store / release
+        return self._shelf.release(release)
 
-    def _files(self) -> dict[str, Path]:
-        """The files of the sound releases, by digest."""
-        return {
-            entry.sha256: self._store / release / entry.path
-            for release in self.installed()
-            if self._fault(release) is None
-            for entry in self._manifest(release).files
-        }
-
-    def _read(self) -> tuple[State, str | None]:
-        """What state.json says, or an empty state and why it could not be read."""
-        path = self.folder / "state.json"
-        try:
-            data = read_bytes(path, limit_bytes=_MAX_STATE_BYTES)
-            return State.from_document(parse_json(data, str(path))), None
-        except UsageError:
-            return State(), None  # none was written yet
-        except BadFile as error:
-            return State(), str(error)
-
-    def _write(self, state: State) -> State:
-        write_file(self.folder / "state.json", json_bytes(state.to_document()))
-        return state
+    def _require(self) -> None:
+        if not self._shelf.is_there:
+            raise unknown(self.app, applications(self._home), "app on this board")
 
     # ------------------------------------------------------------ after a crash
 
     @contextmanager
     def _repaired(self) -> Iterator[State]:
         with self.locked():
-            self._sweep()
+            self._shelf.sweep()
+            # One who was killed may have seen to the names, and not waited for the storage.
+            self._shelf.settle()
             yield self._repair()
 
     @contextmanager
     def _leniently(self) -> Iterator[tuple[State, bool]]:
         """As _repaired, but whoever cannot write or wait gets the state as it stands, and False."""
         with ExitStack() as stack:
-            state, can_write = self._read()[0], False
-            if self._store.is_dir():
-                try:
-                    state, can_write = stack.enter_context(self._repaired()), True
-                except Busy:
-                    pass  # whoever holds the lock sees to it
-                except StorageError as error:
-                    self._tell(f"degraded: {error}")
-            yield state, can_write
+            state = None
+            try:
+                if self._shelf.is_there:
+                    state = stack.enter_context(self._repaired())
+            except Busy:
+                pass  # whoever holds the lock sees to it
+            except StorageError as error:
+                self._tell(f"degraded: {error}")
+            yield (self._peek(), False) if state is None else (state, True)
 
-    def _sweep(self) -> None:
-        """Remove what was being written, or removed, when somebody was killed."""
-        for folder in (self.folder, self._store):
-            for path in list(folder.glob(".*")):
-                with storage(path):
-                    is_folder = path.is_dir() and not path.is_symlink()
-                    shutil.rmtree(path) if is_folder else path.unlink()
+    def _peek(self) -> State:
+        try:
+            return self._shelf.state()[0]
+        except StorageError:
+            return State()
 
     def _repair(self) -> State:
-        state, damage = self._read()
+        state, damage = self._shelf.state()
         if damage is not None:
             self._tell(f"{self.app}: what was noted is lost: {damage}")
-            return self._write(state)
+            return self._shelf.write(state)
         intent = state.intent
         if intent is None:
             return state
         if intent.attempt > MOST_REPAIRS:
             self._tell(f"{self.app}: {intent.what} of {intent.release}: given up")
-            return self._write(replace(state, intent=None))
+            return self._shelf.write(replace(state, intent=None))
         again = replace(intent, attempt=intent.attempt + 1)
-        return _REPAIRS[intent.what](self, self._write(replace(state, intent=again)), intent)
+        return _REPAIRS[intent.what](self, self._shelf.write(replace(state, intent=again)), intent)
 
     def _settle_install(self, state: State, intent: Intent) -> State:
-        is_there = self._fault(intent.release) is None
-        sync_folder(self._store)
+        is_there = self._shelf.fault(intent.release) is None
         staged = intent.release if is_there else state.staged
-        return self._write(replace(state, intent=None, staged=staged))
+        return self._shelf.write(replace(state, intent=None, staged=staged))
 
     def _settle_check(self, state: State, intent: Intent) -> State:
         tries = state.tries.get(intent.release, 0) + 1
         state = replace(state, intent=None, tries={**state.tries, intent.release: tries})
         self._tell(f"{self.app}: the check of {intent.release} did not end")
         if tries < MOST_TRIES:
-            return self._write(state)
+            return self._shelf.write(state)
         why = f"its check did not come to an end {tries} times"
         return self._mark(state, intent.release, "check", why)
 
@@ -509,7 +429,7 @@ class Releases:
         return self._settle_first(state, intent, intent.after, intent.before)
 
     def _settle_first(self, state: State, intent: Intent, first: Links, second: Links) -> State:
-        is_sound = first.current is None or self._fault(first.current) is None
+        is_sound = first.current is None or self._shelf.fault(first.current) is None
         links = first if is_sound else second
         done = "finished" if links == intent.after else "undone"
         self._tell(f"{self.app}: {intent.what} of {intent.release} was cut short, and is {done}")
