@@ -8,6 +8,9 @@ from edgeexit.cli import explained, one_line
 SUBCOMMANDS = {
     "hello": "edgeexit.agent.hello:hello",
     "profile": "edgeexit.agent.profiling:profile",
+    "deploy": "edgeexit.agent.delivery:deploy",
+    "rollback": "edgeexit.agent.delivery:rollback",
+    "status": "edgeexit.agent.delivery:status",
 }
 
 
