@@ -38,6 +38,7 @@ COMMANDS = {
     "devices": "list the known boards; which one is this?",
     "meters": "list the energy meters of this machine, and test one",
     "calibration": "make and check sets of labelled samples",
+    "hosts": "name the boards that are reached over ssh, and check them",
     "setup": "put edgeexit on a board that has only Python",
     "uninstall": "take edgeexit off a board again",
     "doctor": "find what would ruin a run, and what mends it",

@@ -88,15 +88,13 @@ def parse_address(text: str) -> tuple[str | None, str, int | None]:
         port = int(port_text) if port_text else None
     except ValueError:
         port = 0
-    checked = _checked(
-        name="host", address=address, user=user or None, port=port, refuse=UsageError
-    )
-    return checked.user, checked.address, checked.port
+    host = Host(name="host", address=address, user=user or None, port=port)
+    checked(host, where=f"{text[:80]!r}: ")
+    return host.user, host.address, host.port
 
 
-def _checked(refuse: Callable[[str], Exception], where: str = "", **values: Any) -> Host:
-    """The Host of *values*; what cannot be right is refused with *refuse*."""
-    host = Host(**values)
+def checked(host: Host, refuse: Callable[[str], Exception] = UsageError, where: str = "") -> Host:
+    """*host*, unless something in it cannot be right: that is refused with *refuse*."""
     rules: list[tuple[str, str | None, re.Pattern[str]]] = [
         ("name", host.name, _NAME),
         ("host", host.address, _ADDRESS),
@@ -134,14 +132,8 @@ def _host(name: str, table: Table) -> Host:
         if key in table
     }
     labels = tuple(table.list_of("labels", str)) if "labels" in table else ()
-    return _checked(
-        BadFile,
-        f"{table.where}: ",
-        name=name,
-        address=table.get("host", str),
-        labels=labels,
-        **optional,
-    )
+    host = Host(name=name, address=table.get("host", str), labels=labels, **optional)
+    return checked(host, BadFile, f"{table.where}: ")
 
 
 @dataclass(frozen=True)
@@ -168,6 +160,9 @@ class Hosts:
         tables = document.table("hosts") if "hosts" in document else Table({}, document.where)
         if len(tables.values) > MAX_HOSTS:
             raise BadFile(f"{path}: {len(tables.values)} hosts, expected at most {MAX_HOSTS}")
+        for name in tables.values:
+            if not _NAME.fullmatch(name):  # before it stands in the place of an error
+                raise BadFile(f"{path}: hosts: {name[:80]!r} is no {_WORDS['name']}")
         return cls(path, tuple(_host(name, tables.table(name)) for name in tables.values))
 
     def find(self, name: str) -> Host:
@@ -193,7 +188,7 @@ class Hosts:
 
     def add(self, host: Host) -> "Hosts":
         """Write *host* into the file, in the place of the board of its name if there is one."""
-        _checked(UsageError, **vars(host))
+        checked(host)
         return self._changed(lambda hosts: hosts.__setitem__(host.name, _entry(host)))
 
     def remove(self, name: str) -> "Hosts":
