@@ -172,6 +172,7 @@ def test_the_host_side_knows_nothing_of_the_command_line(room: str) -> None:
 EXTRAS = {
     "plot": {"matplotlib"},
     "remote.hosts": {"tomlkit"},
+    "remote.onboard": {"installer"},
     "remote.link": {"asyncssh"},
     "remote.login": {"asyncssh"},
     "remote.talk": {"asyncssh"},
