@@ -148,7 +148,8 @@ def _deploy(order: Table, bring: Bring, progress: Callable[..., None]) -> Mappin
     order.only("app", "manifest", "keep", "force", "dry_run", "edgeexit", "clock_s")
     manifest = Manifest.from_document(order.table("manifest"))
     releases = Releases(board_home(), order.get("app", str))
-    is_forced, here = order.find("force", bool, False), facts(this_machine())
+    keep, is_forced = order.find("keep", int, 1), order.find("force", bool, False)
+    here = facts(this_machine())
     result: dict[str, Any] = {
         "app": releases.app,
         "release": manifest.id,
@@ -181,7 +182,7 @@ def _deploy(order: Table, bring: Bring, progress: Callable[..., None]) -> Mappin
         release = releases.install(manifest)
         releases.activate(release, check_here, force=is_forced or release == before)
         try:
-            result["collected"] = releases.collect(keep=order.find("keep", int, 1))
+            result["collected"] = releases.collect(keep=keep)
         except EdgeExitError as error:
             # What runs, runs: old files that cannot be removed are no reason to fail.
             result["warnings"].append(f"old releases stay: {error}")
