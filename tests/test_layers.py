@@ -62,6 +62,7 @@ ROOMS = (
     "shelf",
     "releases",
     "serve",
+    "service",
     "ledger",
     "meters",
     "slide",
