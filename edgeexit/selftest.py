@@ -3,8 +3,10 @@ Ask this machine the questions that the converting machine answered, and compare
 
 Input tensors must be equal to the byte: preprocessing is the same everywhere. So must integer
 logits where XNNPACK computes all of the network, here and where it was converted: its kernels
-agree on x86 and ARM. Other logits may differ by 2 steps of the stored integers: the runtime's
-own kernels round differently on other processors.
+agree on x86 and ARM. There is one exception: x86 takes the mean over a large map in float and goes
+astray within 5e-5 of a step from a tie (5 in 1,000 samples of ResNet-56, none of ResNet-8), so a
+few samples may be off by little. Where the runtime's own kernels take part, which round
+differently on other processors, all samples may.
 """
 
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ from edgeexit.interpreter import delegate
 from edgeexit.runtime import Runner, runtime_name
 
 MAX_STEPS = 2
+# One sample in so many may be off although XNNPACK computes everything.
+STRAY = 8
 MAX_REAL = 1e-3  # float bundles: share of the largest logit
 
 
@@ -27,7 +31,7 @@ class SelfTestReport:
     How this machine's answers compare: *differing* of *numbers* logits, by at most *largest*.
 
     *largest* and what was *allowed* count steps of the stored integers; for a float bundle they
-    are shares of the largest logit.
+    are shares of the largest logit. *astray* of the *samples* differ at all, *may_stray* may.
     """
 
     samples: int
@@ -35,6 +39,8 @@ class SelfTestReport:
     differing: int
     largest: float
     allowed: float
+    astray: int
+    may_stray: int
     runtime: str
 
     def to_document(self) -> dict[str, Any]:
@@ -46,19 +52,21 @@ class SelfTestReport:
             "differing": self.differing,
             "largest_difference": self.largest,
             "allowed_difference": self.allowed,
+            "differing_samples": self.astray,
+            "allowed_samples": self.may_stray,
             "runtime": self.runtime,
         }
 
 
-def allowed_difference(bundle: Bundle) -> float:
-    """How far logits may be off on this machine, as SelfTestReport counts: 0 if kernels agree."""
-    if bundle.logits[0].dtype not in ("int8", "int16"):
-        return MAX_REAL
+def kernels_agree(bundle: Bundle) -> bool:
+    """Whether XNNPACK computes all of this integer *bundle*, here and where it was converted."""
     made = bundle.provenance
-    is_whole = made.get("outside_xnnpack") == {} and "ai-edge-litert" in (
-        made.get("versions") or {}
+    return (
+        bundle.logits[0].dtype in ("int8", "int16")
+        and made.get("outside_xnnpack") == {}
+        and "ai-edge-litert" in (made.get("versions") or {})
+        and delegate(bundle.model_data()) == "XNNPACK"
     )
-    return 0 if is_whole and delegate(bundle.model_data()) == "XNNPACK" else MAX_STEPS
 
 
 def run_selftest(bundle: Bundle, threads: int = 1) -> SelfTestReport:
@@ -84,12 +92,16 @@ def run_selftest(bundle: Bundle, threads: int = 1) -> SelfTestReport:
     if not is_integer:
         difference /= max(float(np.abs(test.logits).max()), 1e-9)
     largest = float(difference.max())
-    limit = allowed_difference(bundle)
+    limit = MAX_STEPS if is_integer else MAX_REAL
     if not largest <= limit:
-        raise SelfTestError(
-            f"{bundle.path}: self-test logits differ by {largest:g} here, "
-            f"expected at most {limit:g}",
-            hint=f"this machine runs {runtime_name()}; try another version of it",
+        raise _refused(bundle, f"logits differ by {largest:g} here, expected at most {limit:g}")
+    astray = int((difference > 0).reshape(len(found), -1).any(axis=1).sum())
+    may_stray = -(-len(found) // STRAY) if kernels_agree(bundle) else len(found)
+    if astray > may_stray:
+        raise _refused(
+            bundle,
+            f"{astray} of {len(found)} samples are answered otherwise here, "
+            f"expected at most {may_stray}: XNNPACK computes all of the network",
         )
     return SelfTestReport(
         samples=len(test.samples),
@@ -97,5 +109,14 @@ def run_selftest(bundle: Bundle, threads: int = 1) -> SelfTestReport:
         differing=int((difference > 0).sum()),
         largest=largest,
         allowed=limit,
+        astray=astray,
+        may_stray=may_stray,
         runtime=runtime_name(),
+    )
+
+
+def _refused(bundle: Bundle, what: str) -> SelfTestError:
+    return SelfTestError(
+        f"{bundle.path}: self-test: {what}",
+        hint=f"this machine runs {runtime_name()}; try another version of it",
     )
