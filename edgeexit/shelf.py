@@ -132,9 +132,9 @@ class Shelf:
 
     def settle(self) -> None:
         """Wait until what can be seen here is on the storage, whoever put it there."""
-        for folder in (self._store, self.path):
-            with storage(folder):
-                sync_folder(folder)
+        with storage(self.path):
+            sync_folder(self._store)
+            sync_folder(self.path)
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove releases. Needs no free space."""
