@@ -1,14 +1,17 @@
 """
 Real OpenSSH servers on loopback, each with keys, folders and settings of its own.
 
-A board is an sshd of the current user. Where that is root, signals are not passed on by sshd and
-permissions do not hold: `Board(user="nobody")` logs in as an unprivileged user then.
+A board runs sshd as the current user and lets that user in. As root, `user="pi"` makes an
+ordinary user of that name, who exists for this server alone (a private /etc/passwd): signals
+reach its processes, permissions hold, and its home folder takes a .bashrc.
 """
 
+import getpass
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,8 +19,11 @@ from pathlib import Path
 
 import pytest
 
+from edgeexit.remote.hosts import Host
+
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
 HAS_SSHD = Path(SSHD).exists() and shutil.which("ssh-keygen") is not None
+_UID = 23456
 
 
 def make_key(path: Path, *, kind: str = "ed25519", passphrase: str = "") -> Path:
@@ -48,10 +54,15 @@ def _answers(port: int) -> bool:
 
 @dataclass
 class Board:
-    """An sshd on 127.0.0.1:*port*; *home* is HOME and *folder*/board EDGEEXIT_HOME there."""
+    """
+    An sshd on 127.0.0.1:*port* that lets *client_key* in.
+
+    *home* is EDGEEXIT_HOME there; *settings* are further lines of sshd_config, before the others.
+    """
 
     folder: Path
     client_key: Path
+    user: str = field(default_factory=getpass.getuser)
     port: int = field(default_factory=free_port)
     host_keys: tuple[Path, ...] = ()
     settings: tuple[str, ...] = ()
@@ -70,6 +81,19 @@ class Board:
     def log(self) -> str:
         return (self.folder / "sshd.log").read_text(errors="replace")
 
+    def host(self, **changes: object) -> Host:
+        """This board as a Host, its key pinned."""
+        known = {"user": self.user, "port": self.port, "host_key": self.key}
+        values = {"name": "pi", "address": "127.0.0.1", **known, **changes}
+        return Host(**values)  # type: ignore[arg-type]
+
+    def program(self, text: str) -> None:
+        """Make the shell script *text* what is called as the board's edgeexit."""
+        path = self.home / "env" / "current" / "bin" / "edgeexit"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
+
     def start(self) -> "Board":
         self.folder.mkdir(parents=True, exist_ok=True)
         if not self.host_keys:
@@ -78,29 +102,31 @@ class Board:
         if not accepted.exists():
             accepted.write_text(public(self.client_key) + "\n")
         lines = [
+            *self.settings,
             f"Port {self.port}",
             "ListenAddress 127.0.0.1",
             *(f"HostKey {key}" for key in self.host_keys),
             f"AuthorizedKeysFile {accepted}",
             f"PidFile {self.folder / 'sshd.pid'}",
             f"SetEnv EDGEEXIT_HOME={self.home}",
+            "PasswordAuthentication no",
+            "KbdInteractiveAuthentication no",
             "StrictModes no",
             "UsePAM no",
             "MaxStartups 200",
             "MaxSessions 64",
             "LogLevel VERBOSE",
             *([f"Subsystem sftp {self.sftp}"] if self.sftp else []),
-            *self.settings,
         ]
-        if not any("PasswordAuthentication" in line for line in self.settings):
-            lines += ["PasswordAuthentication no", "KbdInteractiveAuthentication no"]
         config = self.folder / "sshd_config"
         config.write_text("\n".join(lines) + "\n")
-        Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
+        if os.geteuid() == 0:
+            Path("/run/sshd").mkdir(exist_ok=True)
+        command = [SSHD, "-D", "-e", "-f", str(config)]
+        if self.user != getpass.getuser():
+            command = self._alone(command)
         with (self.folder / "sshd.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [SSHD, "-D", "-e", "-f", str(config)], stdin=subprocess.DEVNULL, stderr=log
-            )
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=log)
         deadline = time.monotonic() + 10
         while not _answers(self.port):
             assert self.process.poll() is None, self.log
@@ -108,8 +134,16 @@ class Board:
             time.sleep(0.02)
         return self
 
+    def _alone(self, command: list[str]) -> list[str]:
+        """*command* where our user exists, and owns the board's folder."""
+        entry = f"{self.user}:*:{_UID}:{_UID}::{self.folder}:/bin/bash\n"
+        (self.folder / "passwd").write_text(Path("/etc/passwd").read_text() + entry)
+        os.chown(self.folder, _UID, _UID)
+        steps = f'mount --bind {self.folder}/passwd /etc/passwd && exec "$@"'
+        return ["unshare", "-m", "--propagation", "private", "sh", "-c", steps, "sh", *command]
+
     def stop(self) -> None:
-        """End the server and with it every connection (its children share a session)."""
+        """End the server; open connections end with their clients."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait(10)
@@ -125,6 +159,8 @@ def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     monkeypatch.delenv("EDGEEXIT_HOSTS", raising=False)
+    monkeypatch.setattr("edgeexit.remote.login._SYSTEM_CONFIG", tmp_path / "none")
+    monkeypatch.setattr("edgeexit.remote.login._SYSTEM_KNOWN_HOSTS", tmp_path / "none")
     return home
 
 
@@ -134,9 +170,14 @@ def boards(laptop: Path, tmp_path: Path) -> Iterator[Callable[..., Board]]:
     if not HAS_SSHD:
         pytest.skip("needs sshd and ssh-keygen (apt install openssh-server)")
     made: list[Board] = []
+    # pytest's folders are closed to other users.
+    shared = Path(tempfile.mkdtemp(prefix="edgeexit-boards-"))
+    shared.chmod(0o755)
 
     def make(**options: object) -> Board:
-        folder = tmp_path / f"board{len(made)}"
+        if options.get("user") is not None and os.geteuid() != 0:
+            pytest.skip("needs root for another user")
+        folder = shared / f"board{len(made)}"
         values = {"client_key": laptop / ".ssh" / "id_ed25519", **options}
         made.append(Board(folder=folder, **values).start())  # type: ignore[arg-type]
         return made[-1]
@@ -144,3 +185,4 @@ def boards(laptop: Path, tmp_path: Path) -> Iterator[Callable[..., Board]]:
     yield make
     for board in made:
         board.stop()
+    shutil.rmtree(shared)

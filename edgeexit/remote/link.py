@@ -170,13 +170,13 @@ class Link:
             self._greeted(process, head)
             while (said := await process.hear()) is not None:
                 if "result" in said:
-                    return said.get("result", dict)
+                    return _part(said, "result")
                 if "error" in said:
-                    raise self._refused(said.table("error"))
+                    raise self._refused(_part(said, "error"))
                 if "progress" in said and on_progress is not None:
-                    on_progress(said.get("progress", dict))
+                    on_progress(_part(said, "progress"))
                 if "need" in said and on_need is not None:
-                    await process.say(await on_need(said.get("need", dict)))
+                    await process.say(await on_need(_part(said, "need")))
             raise await self._silent(process)
 
     def _greeted(self, process: Talk, head: Table) -> None:
@@ -203,14 +203,12 @@ class Link:
             hint=f"edgeexit doctor --host {self.host.name}",
         )
 
-    def _refused(self, said: Table) -> EdgeExitError:
-        try:
-            message, code = said.get("message", str), said.get("exit_code", int)
-            hint = said.get("hint", str) if said.values.get("hint") is not None else None
-        except BadFile as error:
-            return DeviceError(str(error))
+    def _refused(self, said: Mapping[str, Any]) -> EdgeExitError:
+        message, hint, code = (said.get(key) for key in ("message", "hint", "exit_code"))
+        if not isinstance(message, str) or not isinstance(hint, str | None):
+            message, hint = f"refuses without a reason: {str(said)[:80]}", None
         kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
-        kind = kinds.get(code, DeviceError)
+        kind = kinds.get(code, DeviceError) if isinstance(code, int) else DeviceError
         return kind(f"{self.host.name}: {printable(message[:2000])}", hint=hint)
 
     async def upload(
@@ -268,3 +266,10 @@ class Link:
                 ) from error
             async with client:
                 yield client
+
+
+def _part(said: Table, key: str) -> dict[str, Any]:
+    try:
+        return said.get(key, dict)
+    except BadFile as error:
+        raise DeviceError(str(error)) from error

@@ -24,6 +24,12 @@ _KEEPALIVE = {"keepalive_interval": 5, "keepalive_count_max": 3}
 _PLAIN = {"agent_forwarding": False, "x11_forwarding": False, "request_pty": False}
 _SYSTEM_CONFIG = Path("/etc/ssh/ssh_config")
 _SYSTEM_KNOWN_HOSTS = Path("/etc/ssh/ssh_known_hosts")
+# Asked for after the kinds of the known keys: a key of another kind is then seen and told.
+_KINDS = (
+    "ssh-ed25519",
+    *(f"ecdsa-sha2-nistp{bits}" for bits in (256, 384, 521)),
+    *("rsa-sha2-256", "rsa-sha2-512"),
+)
 _MAX_JUMPS = 8
 _CLOSING_S = 3.0
 _SHOWN = 200
@@ -102,7 +108,7 @@ async def offered_key(host: Host, *, timeout_s: float = 15.0) -> str:
 async def _prepared(
     host: Host,
     stack: AsyncExitStack,
-    through: tuple[str, ...] = (),
+    through: tuple[tuple[str, int | None], ...] = (),
     tunnel: asyncssh.SSHClientConnection | None = None,
 ) -> "_Attempt":
     """What is needed to connect to *host*: its jump hosts are connected and checked already."""
@@ -111,12 +117,12 @@ async def _prepared(
     for hop in (text.strip() for text in hops):
         user, address, port = parse_address(hop.removeprefix("ssh://"))
         # "Host * / ProxyJump bastion" also matches the bastion, which is reached directly.
-        if address in (host.address, *through):
+        if (address, port) in (*through, (host.address, host.port)):
             continue
         if len(through) >= _MAX_JUMPS:
             raise UsageError(f"{host.name}: more than {_MAX_JUMPS} jump hosts in the ssh config")
         jump = Host(name=hop, address=address, user=user, port=port)
-        attempt = await _prepared(jump, stack, (*through, host.address), tunnel)
+        attempt = await _prepared(jump, stack, (*through, (host.address, host.port)), tunnel)
         tunnel = await attempt.connected(stack)
     return _Attempt(host, options, tunnel, is_jump=bool(through))
 
@@ -162,7 +168,7 @@ class _Attempt:
         with self._explained():
             first: dict[str, Any] = {}
             if algorithms := self._algorithms():
-                first["server_host_key_algs"] = f"^{','.join(algorithms)}"
+                first["server_host_key_algs"] = algorithms
             connection, _ = await asyncssh.create_connection(
                 lambda: self._client,
                 self._host.address,
@@ -203,7 +209,8 @@ class _Attempt:
         keys, authorities, _ = self._trusted(name, "", port if port != 22 else None)
         if authorities:
             return []
-        return [kind.decode() for key in keys for kind in key.sig_algorithms]
+        first = [kind.decode() for key in keys for kind in key.sig_algorithms]
+        return list(dict.fromkeys([*first, *_KINDS])) if first else []
 
     def _known_hosts(self) -> asyncssh.SSHKnownHosts:
         # `UserKnownHostsFile none` means to asyncssh "trust anybody": here it means no file.

@@ -143,17 +143,22 @@ class Talk:
     async def end(self, *, kill: bool) -> None:
         """Make sure that the process ends: at once with *kill*, else if it does not by itself."""
         self.hush()
-        for step in (kill, True):
-            if step:
-                with contextlib.suppress(OSError, asyncssh.Error):
-                    self._process.terminate()
-            with contextlib.suppress(TimeoutError, OSError, asyncssh.Error):
-                async with asyncio.timeout(_ENDING_S):
-                    await self._process.wait_closed()
-                    break
+        if not kill:
+            kill = not await self._closes()
+        if kill:
+            with contextlib.suppress(OSError, asyncssh.Error):
+                self._process.terminate()
+            await self._closes()
         self._process.close()
         self._listening.cancel()
         await asyncio.gather(self._listening, return_exceptions=True)
+
+    async def _closes(self) -> bool:
+        with contextlib.suppress(TimeoutError, OSError, asyncssh.Error):
+            async with asyncio.timeout(_ENDING_S):
+                await self._process.wait_closed()
+                return True
+        return False
 
 
 @asynccontextmanager
