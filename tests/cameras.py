@@ -158,3 +158,9 @@ def crashing(address: str) -> Iterator[np.ndarray]:
 def slow_to_open(address: str) -> Iterator[np.ndarray]:
     time.sleep(60)
     return at(1)
+
+
+def counted(address: str) -> Iterator[np.ndarray]:
+    """A hundred frames a second; notes in ADDRESS that it was opened."""
+    opened(address)
+    return at(100)

@@ -31,6 +31,7 @@ COMMANDS = {
     "tune": "choose exits and thresholds from measurements",
     "verify": "recompute a policy and its certificate from the files",
     "run": "classify, stopping at the first exit that is sure enough",
+    "service": "let systemd keep `run` going: install, status, uninstall",
     "evaluate": "measure accuracy, exit rates and latency on labelled samples",
     "deploy": "make a bundle what boards run, tested there before",
     "rollback": "make boards run what they ran before",
@@ -87,7 +88,7 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 1 a bug, 2 usage, 3 bad file, 4 unsupported, 5 device, "
     "6 disturbed measurement, 7 target out of reach, 8 busy, 9 parity, 10 self-test, 11 storage, "
-    "130 interrupted.",
+    "130 interrupted, 143 ended by SIGTERM.",
 )
 @click.version_option(package_name="edgeexit", prog_name="edgeexit")
 def main() -> None:

@@ -1,0 +1,42 @@
+"""
+`edgeexit service` on a board: asked over ssh, as root by sudo where that needs no password.
+"""
+
+import shlex
+from collections.abc import Sequence
+
+from edgeexit.errors import DeviceError, printable
+from edgeexit.releases import ENVIRONMENT
+from edgeexit.remote.hosts import Host
+from edgeexit.remote.link import connect
+
+_NOT_SET_UP = (126, 127)
+
+
+async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> tuple[int, str]:
+    """
+    Exit code and text of `edgeexit service WORDS` on *host*.
+
+    DeviceError without setup, or if sudo wants a password there: the hint is then the line that
+    does it by hand.
+    """
+    async with connect(host) as link:
+        home = await link.home()
+        argv = [f"{home}/env/current/bin/edgeexit", "service", *words]
+        if (await link.run(["test", "-x", argv[0]])).code:
+            raise DeviceError(
+                f"{host.name}: edgeexit is not on this board", hint=f"edgeexit setup {host.name}"
+            )
+        named = ["env", f"{ENVIRONMENT}={home}", *argv]
+        asked = ["sudo", "-n", *named] if as_root and link.user != "root" else named
+        if asked[0] == "sudo" and (await link.run(["sudo", "-n", "true"])).code:
+            target = f"{link.user}@{host.address}"
+            port = [] if host.port in (None, 22) else ["-p", str(host.port)]
+            line = shlex.join(["ssh", "-t", *port, target, shlex.join(["sudo", *named])])
+            raise DeviceError(f"{host.name}: sudo wants a password there", hint=line)
+        done = await link.run(asked, timeout_s=300)
+    text = done.out.decode(errors="replace")
+    if done.code and not text.strip():
+        said = [line for line in done.err.splitlines() if line.strip()]
+        text = "\n".join(printable(line[:500]) for line in said[-4:])
+    return done.code, text
