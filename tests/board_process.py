@@ -3,7 +3,8 @@ A process that works on a board's releases and can be killed at any moment: pyth
 
 Arguments: the checkout, HOME, the name of an operation, and optionally what is wrong with the
 code: a name of MUTANTS, or a place that forgets to call os.fsync ("" for none: stderr then says
-which places there are). One line on stdout acknowledges each step.
+which places there are); for churn also the number of its first release. One line on stdout
+acknowledges each step.
 """
 
 import os
@@ -109,6 +110,11 @@ def state_in_place() -> None:
     shelf.write_file = write_file  # type: ignore[assignment]
 
 
+def no_fsync() -> None:
+    """Nothing is waited for."""
+    os.fsync = lambda handle: None
+
+
 def no_intent() -> None:
     """Nothing is noted before the links are exchanged."""
     from edgeexit.releases import Links, Releases, State
@@ -151,6 +157,7 @@ MUTANTS: dict[str, Callable[[], None]] = {
         release_in_place,
         appears_before_it_is_synced,
         state_in_place,
+        no_fsync,
         no_intent,
         collects_what_is_gone_back_to,
         removes_in_place,
@@ -170,7 +177,8 @@ def main() -> None:
 
     board = Releases(Path(home), "app")
     brought = Path(home).parent / "brought"  # the release that is new
-    manifest = Manifest.from_document(read_json(brought / "manifest.json"))
+    if operation != "churn":
+        manifest = Manifest.from_document(read_json(brought / "manifest.json"))
 
     def passes(folder: Path) -> None:
         """The check of a sound release."""
@@ -191,7 +199,36 @@ def main() -> None:
             done("activate")
             board.collect()
 
+    def churn() -> None:
+        """Deploy one release after the other; say what is about to be true, and what is."""
+        links, number = board._shelf.links(), int(rest[1])
+        current, previous = links.current, links.previous
+
+        def step(word: Callable[[], object], *state: str | None) -> None:
+            line = " ".join(name or "-" for name in state)
+            os.write(1, f"begin {line}\n".encode())
+            word()
+            os.write(1, f"done {line}\n".encode())
+
+        while True:
+            folder = brought / str(number)
+            folder.mkdir()
+            (folder / "bundle.json").write_text(str(number))
+            (folder / "model.tflite").write_bytes(str(number).encode() * 20000)
+            new = Manifest.from_folder(folder)
+            for entry in board.missing(new):
+                board.add(entry, folder / entry.path)
+            step(lambda m=new: board.install(m), current, previous, new.id)  # type: ignore[misc]
+            step(lambda m=new: board.activate(m.id, passes), new.id, current, None)  # type: ignore[misc]
+            current, previous = new.id, current
+            if number % 3 == 0 and previous:
+                current, previous = previous, current
+                step(board.rollback, current, previous, None)
+            step(board.collect, current, previous, None)
+            number += 1
+
     operations: dict[str, Callable[[], object]] = {
+        "churn": churn,
         "install": lambda: board.install(manifest),
         "activate": lambda: board.activate(manifest.id, passes),
         "fail": lambda: board.activate(manifest.id, fails),

@@ -6,13 +6,24 @@ also shown of every fsync in the code that it is needed, and of other ways to wr
 Then on a real ext4 that is shut down under the writer.
 """
 
+import fcntl
+import os
+import random
 import shutil
+import struct
+import subprocess
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from board_process import MUTANTS
 from lossy import Storage, build
-from shelves import SCENARIOS, Call, calls, examine, need, work
+from shelves import APP, SCENARIOS, Call, calls, examine, need, process, work
+
+from edgeexit.errors import UsageError
+from edgeexit.releases import Releases
 
 LONG = ("first", "deploy")
 
@@ -141,6 +152,7 @@ def test_without_any_one_fsync_a_power_cut_hurts(
         "release_in_place": "install",
         "appears_before_it_is_synced": "install",
         "state_in_place": "rollback",
+        "no_fsync": "rollback",
         "no_intent": "rollback",
         "collects_what_is_gone_back_to": "collect",
         "removes_in_place": "collect",
@@ -158,3 +170,108 @@ def test_every_mutant_is_tried() -> None:
     (mark,) = test_another_order_or_another_way_to_write_hurts.pytestmark  # type: ignore[attr-defined]
 
     assert {mutant for mutant, _ in mark.args[1]} == set(MUTANTS)
+
+
+# ---------------------------------------------------------------- a real file system
+
+_SHUTDOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+_WITHOUT_LOG = 2  # what the journal holds in memory is lost, too
+
+
+def _run(*words: str | Path) -> None:
+    subprocess.run([str(word) for word in words], check=True, capture_output=True)
+
+
+@contextmanager
+def mounted(image: Path, folder: Path, options: str) -> Iterator[None]:
+    _run("mount", "-o", ",".join(filter(None, ("loop", options))), image, folder)
+    try:
+        yield
+    finally:
+        _run("umount", folder)
+
+
+def cut_power(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.ioctl(handle, _SHUTDOWN, struct.pack("I", _WITHOUT_LOG))
+    finally:
+        os.close(handle)
+
+
+def is_as_made(release: Path) -> bool:
+    """Whether a release of churn holds what churn put into it."""
+    number = (release / "bundle.json").read_bytes()
+    return bool(number) and (release / "model.tflite").read_bytes() == number * 20000
+
+
+def damage(home: Path, said: list[str]) -> list[str]:
+    """What does not hold on the board after churn said this much and the power was cut."""
+    folder, wrong = home / "apps" / APP, []
+    for path in (folder / "current", folder / "previous", *folder.glob("releases/[!.]*")):
+        if path.is_symlink() or path.exists():
+            try:
+                if not is_as_made(path):
+                    wrong.append(f"{path.name} is not whole")
+            except OSError as error:
+                wrong.append(f"{path.name}: {error}")
+    board = Releases(home, APP)
+    status = board.status()
+    found = " ".join(name or "-" for name in (status.current, status.previous, status.staged))
+    # What was done, and what was about to be done.
+    ends = [line.partition(" ")[2] for line in said if line.startswith("done")][-1:]
+    ends += [line.partition(" ")[2] for line in said[-1:]]
+    if ends and found not in ends:
+        wrong.append(f"{found} is lost or never was, expected one of {ends}")
+    try:
+        board.open()
+    except UsageError:
+        if not ends or not ends[0].startswith("-"):
+            wrong.append("nothing runs")
+    return wrong
+
+
+def cuts_that_hurt(
+    folder: Path, cuts: int, options: str, wrong_code: str = ""
+) -> Generator[str, None, None]:
+    """What does not hold after each of so many power cuts on one board that goes on and on."""
+    need("mkfs.ext4")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a file system and shut it down")
+    chance = random.Random(cuts)
+    image, board = folder / "image", folder / "board"
+    home = board / "home"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    _run("mkfs.ext4", "-q", image)
+    home.mkdir(parents=True)
+    (board / "brought").mkdir()
+    steps = 0
+    for cut in range(cuts):
+        with mounted(image, home, options):
+            words = process(board, "churn", wrong_code, str(1000 * cut))
+            child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            assert child.stdout is not None
+            said = [child.stdout.readline().decode().strip()]
+            # With commit=1 the file system writes by itself, which is when order matters.
+            time.sleep(chance.uniform(0.03, 1.5 if options else 0.35))
+            cut_power(home)
+            child.kill()
+            said += child.communicate()[0].decode().splitlines()
+        steps += sum(line.startswith("done") for line in said)
+        with mounted(image, home, options):
+            yield from damage(home, said)
+    assert steps >= 2 * cuts
+
+
+@pytest.mark.parametrize("options", ["", "commit=1,noauto_da_alloc"], ids=["ext4", "eager"])
+@pytest.mark.parametrize(
+    "cuts", [4, pytest.param(60, marks=pytest.mark.slow)], ids=lambda cuts: f"{cuts} cuts"
+)
+def test_the_power_is_cut_on_a_real_file_system(cuts: int, options: str, tmp_path: Path) -> None:
+    assert list(cuts_that_hurt(tmp_path, cuts, options)) == []
+
+
+def test_without_fsync_the_power_cuts_hurt_on_a_real_file_system(tmp_path: Path) -> None:
+    with closing(cuts_that_hurt(tmp_path, 20, "", "no_fsync")) as hurts:
+        assert next(hurts, None) is not None
