@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,18 @@ def test_an_upload_that_ends_early_leaves_the_board_free_and_as_it_was(
 
     assert board.running == first["release"]
     assert board.deploy(parcel)[0]["changed"]
+
+
+def test_a_laptop_that_fell_asleep_does_not_keep_the_board_busy(
+    board: Here, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "STALL_S", 0.3)
+    talk = Talk(pack(bundle.path), board.home)
+    monkeypatch.setattr(talk, "need", lambda **_: time.sleep(60))
+
+    with pytest.raises(DeviceError, match=r"nothing has come for 0\.3 s"):
+        delivery.deploy(Table(talk.parcel.order(), "order"), talk)  # type: ignore[arg-type]
+    assert board.deploy(talk.parcel)[0]["changed"]
 
 
 def test_what_was_altered_on_the_board_is_mended(board: Here, bundle: Bundle) -> None:

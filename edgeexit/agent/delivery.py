@@ -9,8 +9,10 @@ only there is numpy imported, so that a board answers at once.
 """
 
 import json
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,6 +23,7 @@ from typing import Any
 from edgeexit import __version__
 from edgeexit.agent import Talk
 from edgeexit.agent.hello import facts
+from edgeexit.blobs import Blobs
 from edgeexit.children import command, environment
 from edgeexit.errors import (
     Busy,
@@ -40,6 +43,7 @@ from edgeexit.releases import Releases, applications, board_home
 # Below the board's folder: held by one deploy at a time, from its first look to its last.
 LOCK = "deploy.lock"
 PATIENCE_S = 10.0
+STALL_S = 120.0
 # Space for what comes, the release made of it, and as much again.
 ROOM = 3
 CHECK_TIMEOUT_S = 300.0
@@ -122,12 +126,53 @@ def deploy(order: Table, talk: Talk) -> Mapping[str, Any]:
     """
 
     def bring(missing: Sequence[Entry]) -> None:
-        talk.need(
-            blobs=[entry.sha256 for entry in missing],
-            bytes=sum(entry.size_bytes for entry in missing),
-        )
+        with _moving(missing):
+            talk.need(
+                blobs=[entry.sha256 for entry in missing],
+                bytes=sum(entry.size_bytes for entry in missing),
+            )
 
     return _deploy(order, bring, talk.progress)
+
+
+@contextmanager
+def _moving(missing: Sequence[Entry]) -> Iterator[None]:
+    """
+    DeviceError when nothing of *missing* comes any more within the block.
+
+    A laptop that fell asleep closes no link, and would keep this board busy for hours.
+    """
+    blobs, main = Blobs(board_home()), threading.main_thread().ident or 0
+    paths = [blobs.path(entry.sha256) for entry in missing]
+    paths += [path.with_name(f"{path.name}.part") for path in paths]
+    is_over, stands = threading.Event(), threading.Event()
+
+    def sizes() -> list[int]:
+        return [path.stat().st_size if path.exists() else -1 for path in paths]
+
+    def watch() -> None:
+        found, since = sizes(), time.monotonic()
+        while not is_over.wait(min(1.0, STALL_S / 4)):
+            last, found = found, sizes()
+            if found != last:
+                since = time.monotonic()
+            elif time.monotonic() - since > STALL_S:
+                stands.set()
+                signal.pthread_kill(main, signal.SIGINT)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not stands.is_set():
+            raise
+        raise DeviceError(
+            f"nothing has come for {STALL_S:g} s", hint="the same command goes on where it was"
+        ) from None
+    finally:
+        is_over.set()
 
 
 def deploy_here(
@@ -268,7 +313,7 @@ def status(order: Table, talk: Talk) -> Mapping[str, Any]:
     """
     What runs here. Order: app, or none for all of them; one that is not here is told as such.
 
-    Result: device, runtime, runtime_version, edgeexit, free_bytes, apps (as releases.Status).
+    Result: device, runtime, runtime_version, edgeexit, home, free_bytes, apps (as releases.Status).
     """
     order.only("app")
     return status_here(order.find("app", str, "") or None)
@@ -278,7 +323,7 @@ def status_here(app: str | None = None) -> Mapping[str, Any]:
     """As status, on this machine."""
     home, here = board_home(), facts(this_machine())
     names = [name for name in applications(home) if app in (None, name)]
-    keys = ("device", "runtime", "runtime_version", "edgeexit", "free_bytes")
+    keys = ("device", "runtime", "runtime_version", "edgeexit", "home", "free_bytes")
     apps = [{"app": name, **Releases(home, name).status().to_document()} for name in names]
     return {**{key: here[key] for key in keys}, "apps": apps}
 
