@@ -35,9 +35,6 @@ sys.path.insert(0, str(CHECKOUT / "tests"))
 import trees  # noqa: E402
 
 QEMU = "qemu-aarch64-static"
-# What an ARM program opens is first looked for here, if it lies on the board: only this way can
-# there be a /proc/device-tree, for no kernel lets anybody add to its /proc.
-_LOOKED_IN_FIRST = Path("etc/qemu-binfmt/aarch64")
 _FORMATS = Path("/proc/sys/fs/binfmt_misc")
 
 
@@ -171,6 +168,7 @@ class Board:
             "files": str(files),
             "overlay": str(self.folder / "overlay"),
             "cpuinfo": str(self._shown / "proc/cpuinfo"),
+            "device_tree": str(self._shown / "proc/device-tree"),
             "accounts": accounts(),
             "settings": [
                 *settings,
@@ -180,11 +178,6 @@ class Board:
             "client": (keys / "client.pub").read_text(),
             "listening": listening.fileno(),
         }
-        # Of /proc/device-tree alone there is none: the rest of /proc is the kernel's.
-        shown = self._shown / _LOOKED_IN_FIRST / "proc"
-        if not shown.is_dir():
-            shown.mkdir(parents=True)
-            shutil.copytree(self._shown / "proc/device-tree", shown / "device-tree")
         log = self.folder / "sshd.log"
         with log.open("a") as said:
             inside = subprocess.Popen(

@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import socket
 import struct
 import subprocess
@@ -21,6 +22,10 @@ from pathlib import Path
 # write to any folder above it, as ChrootDirectory asks.
 _ABOVE = Path("/mnt")
 ROOT = _ABOVE / "board"
+# Where ARM programs look first. So there can be a /proc/device-tree: no kernel lets anybody
+# add to its own /proc. But a listing of /proc is then that of this folder.
+_LOOKED_IN_FIRST = ROOT / "etc/qemu-binfmt/aarch64/proc"
+_PROCESSES_EVERY_S = 0.2
 _DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9)}
 _SIOCSIFFLAGS, _UP = 0x8914, 1
 _SETTINGS = (
@@ -51,6 +56,9 @@ def stand_up(order: dict) -> Path:
         (ROOT / name).mkdir(exist_ok=True)
     mount("-t", "proc", "proc", str(ROOT / "proc"))
     mount("--bind", order["cpuinfo"], str(ROOT / "proc/cpuinfo"))
+    _LOOKED_IN_FIRST.mkdir(parents=True, exist_ok=True)
+    mount("-t", "tmpfs", "-o", "mode=755", "first", str(_LOOKED_IN_FIRST))
+    shutil.copytree(order["device_tree"], _LOOKED_IN_FIRST / "device-tree")
     mount("-t", "tmpfs", "dev", str(ROOT / "dev"))
     for name, (major, minor) in _DEVICES.items():
         os.mknod(ROOT / "dev" / name, 0o20666, os.makedev(major, minor))
@@ -77,11 +85,22 @@ def loopback_up() -> None:
         fcntl.ioctl(any_socket, _SIOCSIFFLAGS, struct.pack("16sh14x", b"lo", _UP))
 
 
+def list_processes() -> None:
+    """Let a listing of /proc name the processes; what is in their folders comes from /proc."""
+    found = {name for name in os.listdir(ROOT / "proc") if name.isdecimal()}  # noqa: PTH208
+    shown = {path.name for path in _LOOKED_IN_FIRST.iterdir() if path.name.isdecimal()}
+    for name in found - shown:
+        (_LOOKED_IN_FIRST / name).mkdir()
+    for name in shown - found:
+        (_LOOKED_IN_FIRST / name).rmdir()
+
+
 def answer(listening: socket.socket, config: Path) -> None:
     """A process of sshd for every connection, for ever; the dead are buried."""
     argv = ["/usr/sbin/sshd", "-i", "-e", "-f", str(config)]
     while True:
-        if select.select([listening], [], [], 0.5)[0]:
+        list_processes()
+        if select.select([listening], [], [], _PROCESSES_EVERY_S)[0]:
             connection, _ = listening.accept()
             with connection:
                 subprocess.Popen(argv, stdin=connection, stdout=connection)
