@@ -316,7 +316,8 @@ def uninstall(order: Order) -> dict[str, Any]:
     home = Path(order["home"])
     if not home.is_dir():
         return {"removed": [], "left": [], "home": str(home)}
-    found: list[Path] = []
+    found: list[Path] = [home / name for name in _ALONE if (home / name).is_file()]
+    found = found if order["everything"] else []
     for folder, is_ours in _OURS.items():
         place = home / folder
         if (folder == "env" or order["everything"]) and place.is_dir() and not place.is_symlink():
@@ -366,7 +367,10 @@ _OURS: dict[str, Callable[[Path], bool]] = {
     "apps": _is_app,
     "blobs": lambda path: bool(_BLOB.fullmatch(path.name)) and path.is_file(),
     "results": _is_result,
+    # Copies on their way to a deployment on the board itself.
+    "incoming": lambda path: bool(_ID.fullmatch(path.name)) and path.is_dir(),
 }
+_ALONE = ("deploy.lock",)
 
 
 def _size(path: Path) -> int:

@@ -7,6 +7,7 @@ Hidden here: banners and noise around the answer, boards that answer nonsense, a
 what the runtimes' wheels were built for. Nothing here talks to a board.
 """
 
+import posixpath
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -197,7 +198,7 @@ def parse(text: str) -> Board:
         machine=_shown(said.get("machine", "")) or "?",
         os=_shown(said.get("os", "").strip("\"'")) or "an unnamed system",
         clock_s=float(said["clock"]) if re.fullmatch(r"\d{1,12}", said.get("clock", "")) else None,
-        home=said.get("home", ""),
+        home=posixpath.normpath(said["home"]) if said.get("home") else "",
         place=_shown(said.get("place", "")),
         refusal=_refusal(said.get("writable", "")),
         can_run=said.get("runs") == "42",

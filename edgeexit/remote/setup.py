@@ -238,26 +238,24 @@ def _facts(
 ) -> dict[str, Any]:
     setup, selftest = order["setup"], found.table("selftest")
     logits, differing = selftest.get("logits", int), selftest.get("differing", int)
-    facts = {
+    facts: dict[str, Any] = {
         "edgeexit": setup["edgeexit"],
         "runtime": setup["runtime"],
         "python": plan.python.minor,
         "numpy": setup["numpy"],
-        "self-test": f"ok ({differing} of {logits} logits differ)",
+        "selftest": f"ok, {differing} of {logits} logits differ",
         "sent_mb": round(sent / 1e6, 1),
         "environment": order["id"],
     }
-    notes = list(plan.notes)
+    warnings = list(plan.notes)
     camera = found.values.get("camera")
     if isinstance(camera, str):
-        notes.append(printable(f"picamera2 does not load: {camera}"))
+        warnings.append(printable(f"picamera2 does not load: {camera}"))
     if findings is None:
-        notes.append("its doctor does not answer")
+        warnings.append("its doctor does not answer")
     else:
-        facts["problems"] = findings.get("problems", int)
-        facts["warnings"] = findings.get("warnings", int)
-    if notes:
-        facts["notes"] = notes
+        facts["doctor"] = {key: findings.get(key, int) for key in ("problems", "warnings")}
+    facts["warnings"] = warnings
     return facts
 
 
