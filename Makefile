@@ -6,13 +6,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test setup lint bench lock clean
+.PHONY: demo test rehearse setup lint bench lock clean
 
 demo: $(READY)
 	$(BIN)/edgeexit demo --from-checkpoint
 
 test: $(READY) lint
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# On ARM code, with no board: needs root and Debian's qemu-system-arm, mmdebstrap, arch-test.
+rehearse: $(READY)
+	$(BIN)/python bench/arm/cost.py
 
 setup: $(READY)
 

@@ -99,7 +99,8 @@ def machine() -> dict[str, Any]:
 
 def save(name: str, command: str, figures: Mapping[str, Any]) -> None:
     """Write bench/results/NAME.json: the figures, the command that made them, the machine."""
-    RESULTS.mkdir(exist_ok=True)
     document = {"command": command, "machine": machine(), **figures}
-    (RESULTS / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n")
+    path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
     print(json.dumps(document, indent=1))

@@ -208,6 +208,26 @@ def _choosing(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _arm_cost(found: Mapping[str, Any]) -> list[list[str]]:
+    counts, cpus = found["instructions"], list(found["instructions"])
+    rows = [["million instructions a call, or a ratio of them", *cpus]]
+    for net in counts[cpus[0]]:
+        for exit in counts[cpus[0]][net]:
+            cells = [f"{counts[cpu][net][exit] / 1e6:.3f}" for cpu in cpus]
+            rows.append([f"{net}, {exit}", *cells])
+    for net, bar in found["cutting_bars"].items():
+        cells = [f"{found['cutting'][cpu][net]:.4f}" for cpu in cpus]
+        rows.append([f"{net}: chain of all segments over uncut (bar {bar})", *cells])
+    for pair, exits in found["pairs"][cpus[0]].items():
+        cells = [
+            " / ".join(f"{found['pairs'][cpu][pair][exit]:.3f}" for exit in exits) for cpu in cpus
+        ]
+        rows.append([f"{pair}: {' / '.join(exits)}", *cells])
+    apart = [f"{found['apart'][cpu]:.4%}" for cpu in cpus]
+    rows.append([f"the same exit in {found['runs']} boots differs by at most", *apart])
+    return rows
+
+
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
 PAPERS = {
     "seeds-worth": "Is it worth it? Pruning and early exit on CIFAR-10",
@@ -247,6 +267,10 @@ BENCHES: dict[str, tuple[str, Table]] = {
         "How often the promise is broken (95 % confidence: at most 5 %), and what it saves "
         "(fashion's and cifar's costs are rough: microseconds, operations)",
         _promise,
+    ),
+    "arm/cost": (
+        "What an exit costs on ARM code: instructions, counted on an emulated core; no latency",
+        _arm_cost,
     ),
     "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
 }
