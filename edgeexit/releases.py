@@ -225,7 +225,8 @@ class Releases:
             named = set() if state.intent is None else state.intent.named
             kept = {links.current, links.previous, state.staged, *named}
             others = [name for name in self._shelf.names() if name not in kept]
-            removed = others[: len(others) - max(0, keep - len(kept - {links.current, None}))]
+            room = max(0, keep - len(kept - {links.current, None}))
+            removed = others[: max(0, len(others) - room)]
             self._shelf.remove(removed)
             blobs = self._blobs.collect()
             self._repair()
