@@ -66,7 +66,7 @@ async def measure(
     the board refuses is raised as the error that it is there.
     """
     async with connect(host) as link:
-        board = await _meet(link, device_name or host.device)
+        board = await _meet(link, device_name or host.device, is_known=resume)
         on_board(board)
         kind = find_device(device_name or board.device)
         talk = _Talk(link, bundle, board.device, save, on_bytes)
@@ -99,29 +99,37 @@ async def measure(
         return talk.saved
 
 
-async def _meet(link: Link, device_name: str | None) -> Board:
-    """Who answers; DeviceError if it is another device, another version or has no runtime."""
-    name, facts = link.host.name, Table(await link.agent("hello", {}), f"{link.host.name}: hello")
+async def _meet(link: Link, device_name: str | None, *, is_known: bool) -> Board:
+    """
+    Who answers; DeviceError if it is another device, another version or has no runtime.
+
+    A board that *is_known* has run its runtime before and is not asked to try it out.
+    """
+    name = link.host.name
+    facts = Table(await link.agent("hello", {"quick": is_known}), f"{name}: hello")
     setup = f"edgeexit setup {name}"
     version = facts.get("edgeexit", str)
     if version != __version__:
         raise DeviceError(
             f"{name}: has edgeexit {printable(version)}, here is {__version__}", hint=setup
         )
-    trial = facts.table("trial")
-    if trial.values.get("runtime") is None or trial.values.get("died") is not None:
-        reason = trial.values.get("died") or trial.values.get("error") or "none is installed"
-        raise DeviceError(f"{name}: no runtime works there: {printable(str(reason))}", hint=setup)
+    if not is_known:
+        trial = facts.table("trial").values
+        if trial.get("runtime") is None or trial.get("died") is not None:
+            reason = trial.get("died") or trial.get("error") or "none is installed"
+            raise DeviceError(
+                f"{name}: no runtime works there: {printable(str(reason))}", hint=setup
+            )
     is_a = facts.get("device", str)
     if device_name is None:
         return Board(device=is_a, facts=facts)
     kind, model = find_device(device_name), facts.values.get("model")
     if kind.name not in (is_a, HOST) and not (isinstance(model, str) and kind.matches(model)):
-        said = printable(repr(model)) if model is not None else "nothing"
+        text = printable(repr(model)) if model is not None else "missing"
         raise DeviceError(
-            f"{name}: expected a {kind.title} ({kind.name!r}), found {is_a!r}: its model text is "
-            f"{said}",
-            hint=f"--device {is_a}, or name another host",
+            f"{name}: expected a {kind.title} ({kind.name!r}), found {printable(is_a)!r}: its "
+            f"model text is {text}",
+            hint=f"--device {printable(is_a)}, or name another host",
         )
     return Board(device=kind.name, facts=facts)
 
