@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -241,3 +242,97 @@ def test_arrays(tmp_path: Path, capsys: Captured) -> None:
     assert len(lines(capsys.readouterr().out.partition("\n")[2])) == 3
     for name, code in (("wrong", 2), ("nan", 2), ("broken", 3)):
         assert entry(["run", str(made.path), str(tmp_path / f"{name}.npy")]) == code
+
+
+# ---------------------------------------------------------------- live
+
+
+@pytest.fixture
+def camera(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+
+
+def test_live_answers_say_their_age_and_what_was_dropped(
+    bundle: Bundle, camera: None, capsys: Captured
+) -> None:
+    assert entry(["run", "cameras:fast:3000", "--json"]) == 0
+    captured = capsys.readouterr()
+    found = lines(captured.out)
+
+    usual = ["input", "label", "class", "confidence", "exit", "latency_ms"]
+    assert list(found[0]) == [*usual, "age_ms", "dropped"]
+    assert found[-1]["input"] == "cameras:fast:3000[3000]"
+    assert len(found) + int(str(found[-1]["dropped"])) == 3000
+    assert f"{len(found)} answered, 0 failed" in captured.err
+    assert (
+        f"cameras:fast:3000: {3000 - len(found)} dropped, 0 bad, 0 times reopened" in captured.err
+    )
+
+
+def test_changes_shows_and_logs_an_answer_only_if_its_class_is_new(
+    bundle: Bundle, tmp_path: Path, capsys: Captured
+) -> None:
+    np.save(tmp_path / "a.npy", np.repeat(SAMPLES[:2], 5, axis=0))
+    assert entry(["run", "a.npy", "--json"]) == 0
+    everything = lines(capsys.readouterr().out)
+    assert entry(["run", "a.npy", "--json", "--changes", "--log", "log.jsonl"]) == 0
+    captured = capsys.readouterr()
+    shown, logged = lines(captured.out), lines((tmp_path / "log.jsonl").read_text())
+
+    labels = [answer["label"] for answer in everything]
+    news = [k for k in range(10) if k == 0 or labels[k] != labels[k - 1]]
+    assert [answer["input"] for answer in shown] == [everything[k]["input"] for k in news]
+    assert logged == shown
+    assert "10 answered" in captured.err
+
+
+def test_bad_frames_of_a_source_that_is_not_live_are_reported_one_by_one(
+    bundle: Bundle, camera: None, capsys: Captured
+) -> None:
+    assert entry(["run", "cameras:garbage:2", "--json"]) == 3
+    captured = capsys.readouterr()
+
+    assert len(lines(captured.out)) == 2
+    assert sum(line.startswith("Error: ") for line in captured.err.splitlines()) == 18
+    assert "2 answered, 18 failed" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["camera:", "0.png"], 2, "a live source stands alone, found 2 inputs"),
+        (["0.png", "--rate", "5"], 2, "--rate is for live sources"),
+        (["kamera:"], 2, "no input source named 'kamera'"),
+        (["v4l2:/dev/video77"], 5, "Error: v4l2:/dev/video77: no /dev/video77 here"),
+        (["cameras:steady", "--rate", "0"], 2, "0"),
+    ],
+)
+def test_wrong_live_words(
+    bundle: Bundle, capsys: Captured, words: list[str], code: int, said: str
+) -> None:
+    assert entry(["run", *words]) == code
+    captured = capsys.readouterr()
+
+    assert said in captured.err
+    assert captured.out == ""
+    assert "answered" not in captured.err
+
+
+def test_the_camera_example_acts_on_a_replay() -> None:
+    root = Path(__file__).resolve().parents[1] / "examples"
+    done = subprocess.run(
+        [
+            *(sys.executable, root / "camera.py", root / "fashion.edgeexit"),
+            f"replay:{root / 'images'},fps=9,times=2",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *acted, last = done.stdout.splitlines()
+
+    pictures = len(list((root / "images").glob("*.png")))
+    match = re.fullmatch(r"(\d+) frames answered; .*: (\d+) dropped, 0 bad, 0 times reopened", last)
+    assert match
+    assert int(match[1]) + int(match[2]) == 2 * pictures
+    assert len(acted) >= 2
