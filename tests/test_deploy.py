@@ -3,7 +3,10 @@
 import getpass
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,11 @@ from test_remote_profiling import install
 
 pytest.importorskip("asyncssh")
 
+from faulty_link import FaultyLink
+
 from edgeexit.agent.delivery import LOCK
 from edgeexit.bundle import Bundle
+from edgeexit.children import environment
 from edgeexit.cli import entry
 from edgeexit.locks import hold
 from edgeexit.policy import Policy
@@ -166,6 +172,54 @@ def test_a_dry_run_without_boards_tells_what_the_bundle_is(
     assert len(document["release"]) == 16
     assert entry(["deploy", "--dry-run"]) == 0
     assert document["release"] in capsys.readouterr().out
+
+
+def interrupted(command: Sequence[str], begun: Callable[[], bool]) -> int:
+    """The exit code of `edgeexit COMMAND` that gets Ctrl-C once *begun*."""
+    argv = [sys.executable, "-P", "-m", "edgeexit", *command]
+    with subprocess.Popen(argv, env=environment()) as process:
+        deadline = time.monotonic() + 30
+        while not begun() and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        return process.wait(20)
+
+
+def test_ctrl_c_frees_the_board_and_the_same_command_goes_on(
+    bundle: Bundle, fleet: dict[str, Board], capsys: Captured, tmp_path: Path
+) -> None:
+    big = str(small_bundle(tmp_path / "big", training_bloom=os.urandom(300_000)).path)
+    home = fleet["pi0"].home
+    with FaultyLink(fleet["pi0"].port) as link:
+        link.rate = 50_000
+        key, user = fleet["pi0"].key, getpass.getuser()
+        text = f'[hosts.slow]\nhost = "127.0.0.1"\nport = {link.port}\nuser = "{user}"\n'
+        with Path("hosts.toml").open("a") as hosts:
+            hosts.write(f'{text}host_key = "{key}"\n')
+        command = ["deploy", big, "--host", "slow"]
+        assert interrupted(command, lambda: any(home.glob("blobs/*.part"))) == 130
+
+    deadline = time.monotonic() + 20
+    while (code := entry(["deploy", big, "--host", "pi0"])) == 8:
+        assert time.monotonic() < deadline
+    assert code == 0
+    assert "sent 0.3 MB" not in capsys.readouterr().out
+
+
+def test_ctrl_c_in_the_selftest_of_this_machine_is_no_failed_selftest(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    home = tmp_path / "board"
+    monkeypatch.setenv("EDGEEXIT_HOME", str(home))
+    state = home / "apps" / "small" / "state.json"
+
+    def is_tested() -> bool:
+        return state.exists() and '"what": "check"' in state.read_text()
+
+    assert interrupted(["deploy", str(bundle.path), "--here"], is_tested) == 130
+    assert not Releases(home, "small").status().bad
+    assert entry(["deploy", "--here"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,8 @@ def check(folder: Path) -> Mapping[str, Any]:
             timeout=CHECK_TIMEOUT_S,
             check=False,
             env=environment(),
+            # Ctrl-C on a terminal ends us, and we end it: it must not look like a failure.
+            start_new_session=True,
         )
     except subprocess.TimeoutExpired as error:
         raise SelfTestError(

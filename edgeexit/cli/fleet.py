@@ -1,5 +1,6 @@
 """What the commands for boards share: whom they mean, rows as boards end, one exit code."""
 
+import signal
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -20,6 +21,10 @@ Words = Callable[[Mapping[str, Any]], str]
 
 _MOST_NAMED = 8
 _MOST_COLUMNS = 110
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -73,6 +78,8 @@ def meant(names: Sequence[str], labels: Sequence[str], is_here: bool) -> "list[H
         return chosen(names, labels)
     if names or labels:
         raise UsageError("--here is this machine: leave --host and --label out")
+    # asyncio's own handler waits for the work's next await, and work on this machine has none.
+    signal.signal(signal.SIGINT, _interrupt)
     return [Host(name="here", address="localhost")]
 
 
