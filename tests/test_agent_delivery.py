@@ -16,7 +16,7 @@ from small import small_bundle
 
 from edgeexit import __version__
 from edgeexit.agent import delivery
-from edgeexit.agent.delivery import Parcel, pack
+from edgeexit.agent.parcel import Parcel, pack
 from edgeexit.bundle import Bundle, load_bundle
 from edgeexit.errors import (
     BadFile,

@@ -18,7 +18,7 @@ pytest.importorskip("asyncssh")
 
 from faulty_link import FaultyLink
 
-from edgeexit.agent.delivery import Parcel, pack
+from edgeexit.agent.parcel import Parcel, pack
 from edgeexit.errors import BadFile, Busy, DeviceError, EdgeExitError, StorageError
 from edgeexit.releases import Releases
 from edgeexit.remote import delivery

@@ -1,11 +1,10 @@
 """
 What a board does with a bundle that is brought to it: install, test, activate, go back, tell.
 
-Callers see Parcel and pack (a checked bundle on its way), deploy, rollback and status (answers of
-`edgeexit agent`), and the same three on this very machine. Hidden here: one process holds the
-application's lock from the first look to the last; a release is activated only after its self-test
-passed on this board, in a process of its own, because a model may end the process that runs it; and
-only there is numpy imported, so that a board answers at once.
+Callers see deploy, rollback and status (answers of `edgeexit agent`), and the same three on this
+very machine. Hidden here: one process holds the board from the first look to the last; a release
+is activated only after its self-test passed on this board, in a process of its own, because a model
+may end the process that runs it; and only there is numpy imported, so that a board answers at once.
 """
 
 import json
@@ -16,13 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeexit import __version__
 from edgeexit.agent import Talk
 from edgeexit.agent.hello import facts
+from edgeexit.agent.parcel import POLICY, Parcel
 from edgeexit.blobs import Blobs
 from edgeexit.children import command, environment
 from edgeexit.errors import (
@@ -31,7 +30,6 @@ from edgeexit.errors import (
     EdgeExitError,
     SelfTestError,
     StorageError,
-    UsageError,
 )
 from edgeexit.files import Table
 from edgeexit.locks import hold
@@ -48,70 +46,9 @@ STALL_S = 120.0
 ROOM = 3
 CHECK_TIMEOUT_S = 300.0
 MAX_CLOCK_OFF_S = 3600
-_POLICY = "policies/{}.json"
 
 Bring = Callable[[Sequence[Entry]], None]
 """Has the content of these files put into the board's blobs."""
-
-
-# ---------------------------------------------------------------- before it leaves
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parcel:
-    """
-    The bundle folder *path*, checked in all its files, and what boards shall call it.
-
-    *devices* are those that it has a policy for.
-    """
-
-    path: Path
-    app: str
-    manifest: Manifest
-    devices: tuple[str, ...]
-
-    def order(self, *, keep: int = 1, force: bool = False, dry_run: bool = False) -> dict[str, Any]:
-        """
-        What deploy is asked: *keep* so many releases besides the one that runs.
-
-        *force* tests and activates what was refused before, or runs already.
-        """
-        return {
-            "app": self.app,
-            "manifest": self.manifest.to_document(),
-            "keep": keep,
-            "force": force,
-            "dry_run": dry_run,
-            "edgeexit": __version__,
-            "clock_s": round(time.time()),
-        }
-
-
-def pack(path: Path, app: str | None = None) -> Parcel:
-    """
-    The bundle folder *path* as a Parcel; *app* is by default the folder's stem.
-
-    Refuses as load_bundle, and policies that do not fit the bundle: nothing is sent then.
-    """
-    from edgeexit.bundle import MANIFEST, load_bundle
-
-    bundle = load_bundle(path)
-    devices = tuple(bundle.policy_devices())
-    for device in devices:
-        bundle.policy_for(device)
-    manifest = Manifest.from_folder(path)
-    known = {MANIFEST, *bundle.files, *(segment.file for segment in bundle.segments)}
-    known |= {_POLICY.format(device) for device in devices}
-    strange = sorted({entry.path for entry in manifest.files} - known)
-    if strange:
-        raise UsageError(
-            f"{path}: {strange[0]} belongs to no bundle",
-            hint="boards get every file of the folder: move this one out of it",
-        )
-    return Parcel(path=path, app=app or path.resolve().stem, manifest=manifest, devices=devices)
-
-
-# ---------------------------------------------------------------- on the board
 
 
 def deploy(order: Table, talk: Talk) -> Mapping[str, Any]:
@@ -258,7 +195,7 @@ def _look(releases: Releases, manifest: Manifest) -> tuple[str | None, bool]:
 
 
 def _policy(manifest: Manifest, device: str) -> str | None:
-    is_there = any(entry.path == _POLICY.format(device) for entry in manifest.files)
+    is_there = any(entry.path == POLICY.format(device) for entry in manifest.files)
     return device if is_there else None
 
 

@@ -69,11 +69,11 @@ def command(
         _work_on_status(hosts, app, is_here, limit=limit, as_json=as_json)
         return
 
-    from edgeexit.agent import delivery
+    from edgeexit.agent.parcel import pack
     from edgeexit.files import json_bytes
     from edgeexit.names import only_bundle_here
 
-    parcel = delivery.pack(bundle_path or only_bundle_here(), app)
+    parcel = pack(bundle_path or only_bundle_here(), app)
     size_bytes = parcel.manifest.size_bytes
     head = {"app": parcel.app, "release": parcel.manifest.id, "bytes": size_bytes}
     if dry_run and not (names or labels or is_here):
@@ -90,9 +90,10 @@ def command(
 
     async def work(host: "Host") -> "Outcome":
         if is_here:
+            from edgeexit.agent.delivery import deploy_here
             from edgeexit.remote.fan import Outcome
 
-            facts = delivery.deploy_here(parcel, keep=keep, force=force, dry_run=dry_run)
+            facts = deploy_here(parcel, keep=keep, force=force, dry_run=dry_run)
             return Outcome(facts=facts, changed=facts["changed"])
         from edgeexit.remote.delivery import deploy
 

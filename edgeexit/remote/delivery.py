@@ -9,7 +9,7 @@ here: only what it needs is sent, while it waits, over the same connection.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgeexit.agent.delivery import Parcel
+from edgeexit.agent.parcel import Parcel
 from edgeexit.errors import BadFile
 from edgeexit.remote.fan import Outcome
 from edgeexit.remote.hosts import Host
