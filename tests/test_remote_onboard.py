@@ -92,7 +92,12 @@ class Board:
             "sees_system": False,
             "camera": False,
             "again": False,
-            "setup": {"format": 1, "id": name, "wheels": wheels},
+            "setup": {
+                "format": 1,
+                "id": name,
+                "wheels": wheels,
+                "installer": self.installer,
+            },
             **changes,
         }
 
@@ -399,7 +404,9 @@ def uninstall(board: Board, *, everything: bool, dry: bool = False) -> dict[str,
 def test_uninstall_takes_the_environments_and_leaves_the_rest(furnished: Board) -> None:
     result = uninstall(furnished, everything=False)
 
-    assert {name.partition("/")[0] for name, _ in result["removed"]} == {"env"}
+    assert {name.partition("/")[0] for name, _ in result["removed"]} == {"env", "blobs"}
+    assert {path.name for path in furnished.blobs.iterdir()} == {"photo.jpg"}
+    assert result["left"] == ["env"]
     assert files(furnished.home) >= MINE
     assert (furnished.home / "apps/fashion/releases").is_dir()
     assert not (furnished.env / "current").is_symlink()

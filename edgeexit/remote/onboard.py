@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 SETUP = "setup.json"
+_WHEELS = "wheels.json"
 _ID = re.compile(r"[0-9a-f]{16}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.(part|old)|\.(current|previous)\.part")
 _BLOB = re.compile(r"[0-9a-f]{64}(\.part)?")
@@ -279,20 +280,24 @@ def _in_use(envs: Path) -> dict[str, int]:
 
 def _drop_blobs(envs: Path) -> None:
     """Remove wheels that were uploaded for environments which are gone."""
-    listed = envs / "wheels.json"
-    try:
-        before = set(json.loads(listed.read_text()))
-    except (OSError, ValueError, TypeError):
-        before = set()
     now: set[str] = set()
     for path in envs.glob(f"[0-9a-f]*/{SETUP}"):
-        now |= {wheel["sha256"] for wheel in json.loads(path.read_text())["wheels"]}
-    for sha256 in before - now:
-        if isinstance(sha256, str) and _BLOB.fullmatch(sha256):
-            (envs.parent / "blobs" / sha256).unlink(missing_ok=True)
-    part = listed.with_name(f"{listed.name}.part")
+        setup = json.loads(path.read_text())
+        now |= {wheel["sha256"] for wheel in (*setup["wheels"], setup["installer"])}
+    for sha256 in _wheels(envs) - now:
+        (envs.parent / "blobs" / sha256).unlink(missing_ok=True)
+    part = envs / f"{_WHEELS}.part"
     part.write_text(json.dumps(sorted(now)))
-    part.replace(listed)
+    part.replace(envs / _WHEELS)
+
+
+def _wheels(envs: Path) -> set[str]:
+    """The digests of wheels that were uploaded for environments."""
+    try:
+        listed = json.loads((envs / _WHEELS).read_text())
+    except (OSError, ValueError):
+        return set()
+    return {name for name in listed if isinstance(name, str) and _BLOB.fullmatch(name)}
 
 
 def _remove(path: Path) -> None:
@@ -308,7 +313,7 @@ def _remove(path: Path) -> None:
 
 def uninstall(order: Order) -> dict[str, Any]:
     """
-    Remove the environments, with *everything* also deployments, uploads and results.
+    Remove the environments and their wheels, with *everything* all else that edgeexit made, too.
 
     With *dry* only tell what would go. The result lists what went, with its size, and what was
     left because edgeexit did not make it.
@@ -316,12 +321,14 @@ def uninstall(order: Order) -> dict[str, Any]:
     home = Path(order["home"])
     if not home.is_dir():
         return {"removed": [], "left": [], "home": str(home)}
-    found: list[Path] = [home / name for name in _ALONE if (home / name).is_file()]
-    found = found if order["everything"] else []
-    for folder, is_ours in _OURS.items():
-        place = home / folder
-        if (folder == "env" or order["everything"]) and place.is_dir() and not place.is_symlink():
-            found += sorted(path for path in place.iterdir() if is_ours(path))
+    folders = [name for name in _OURS if name == "env" or order["everything"]]
+    wheels = set() if order["everything"] else _wheels(home / "env")
+    found = [home / "blobs" / sha256 for sha256 in sorted(wheels)]
+    found += [home / name for name in _ALONE if order["everything"]]
+    found = [path for path in found if path.is_file()]
+    for place in (home / name for name in folders):
+        if place.is_dir() and not place.is_symlink():
+            found += sorted(path for path in place.iterdir() if _OURS[place.name](path))
     sizes = [[str(path.relative_to(home)), _size(path)] for path in found]
     if order["dry"]:
         return {"removed": sizes, "left": [], "home": str(home)}
@@ -339,7 +346,8 @@ def uninstall(order: Order) -> dict[str, Any]:
             place.rmdir()
         except OSError:
             continue
-    left = sorted(str(path.relative_to(home)) for path in home.iterdir()) if home.is_dir() else []
+    rest = {path.name for path in home.iterdir()} if home.is_dir() else set()
+    left = sorted(rest - (set() if order["everything"] else {*_OURS, *_ALONE} - {"env"}))
     return {"removed": sizes, "left": left, "home": str(home)}
 
 
@@ -347,7 +355,7 @@ def _is_environment(path: Path) -> bool:
     name = path.name
     if name in ("current", "previous"):
         return path.is_symlink()
-    if name in ("lock", "wheels.json", "wheels.json.part"):
+    if name in ("lock", _WHEELS, f"{_WHEELS}.part"):
         return path.is_file()
     if _ID.fullmatch(name):
         return path.is_dir() and (path / "pyvenv.cfg").is_file()

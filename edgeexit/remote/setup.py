@@ -127,6 +127,7 @@ async def look(link: Link) -> Board:
 def _order(board: Board, plan: Plan, wheels: Wheelhouse, wish: Wish) -> dict[str, Any]:
     """What `onboard` is asked to do, and in it the setup.json that the environment will hold."""
     listed = [{"name": wheel.name, "sha256": wheel.sha256} for wheel in wheels.installed]
+    installer = {"name": wheels.installer.name, "sha256": wheels.installer.sha256}
     content = {
         "python": [plan.python.path, plan.python.minor],
         "sees_system": plan.sees_system,
@@ -142,12 +143,13 @@ def _order(board: Board, plan: Plan, wheels: Wheelhouse, wish: Wish) -> dict[str
         "numpy": wheels.version("numpy") or plan.python.system.get("numpy"),
         "sees_system": plan.sees_system,
         "wheels": listed,
+        "installer": installer,
     }
     return {
         "home": board.home,
         "id": name,
         "wheels": listed,
-        "installer": {"name": wheels.installer.name, "sha256": wheels.installer.sha256},
+        "installer": installer,
         "sees_system": plan.sees_system,
         "camera": wish.camera,
         "again": wish.again,
