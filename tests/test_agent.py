@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import small_bundle
 
 from edgeexit import __version__, cli
-from edgeexit.agent import MOST_LINE_BYTES, PROTOCOL
+from edgeexit.agent import MOST_LINE_BYTES, PROTOCOL, Talk, profiling
+from edgeexit.errors import EdgeExitError, StorageError
+from edgeexit.files import Table
+from edgeexit.manifest import Manifest
 
 GREETING = {"agent": PROTOCOL, "edgeexit": __version__}
 
@@ -320,3 +324,112 @@ def test_an_order_with_unknown_words_is_refused() -> None:
         it.send({"quik": True})
         assert "quik" in it.until("error")["message"]
         assert it.ended() == 3
+
+
+# ---------------------------------------------------------------- profile: what is refused
+
+
+def order_for(folder: Path, **changes: Any) -> dict[str, Any]:
+    bundle = small_bundle(folder, exits=2)
+    return {
+        "manifest": Manifest.from_folder(bundle.path).to_document(),
+        "device": "host",
+        "device_toml": None,
+        "mode": "burst",
+        "rate_hz": None,
+        "threads": 1,
+        "cores": [],
+        "processes": 5,
+        "precision": 0.5,
+        "time_cap_s": 1.0,
+        "meter": None,
+        "resume": False,
+        **changes,
+    }
+
+
+class Silent(Talk):
+    """The other side of a conversation in which nothing may be asked for."""
+
+    def __init__(self) -> None:
+        pass
+
+    def progress(self, **facts: Any) -> None:
+        raise AssertionError(facts)
+
+    def need(self, **facts: Any) -> Table:
+        raise AssertionError(facts)
+
+
+HOSTILE = {"format": 1, "files": [{"path": "../x", "size_bytes": 1, "sha256": "0" * 64}]}
+MINE = 'format = 2\nname = "mine"\ntitle = "Mine"\nmodels = ["Fruit 7 *"]\n'
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        ({"device": "rpi4"}, 5, "this machine is 'host', expected the Raspberry Pi 4"),
+        ({"device": "mine", "device_toml": MINE}, 5, "expected the Mine"),
+        ({"device": "mine", "device_toml": "x"}, 3, "not valid TOML"),
+        ({"manifest": HOSTILE}, 3, "'../x' is not a plain path"),
+        ({"mode": "fast"}, 2, "no mode named 'fast'"),
+        ({"rate_hz": 5.0}, 2, "a rate belongs to 'paced'"),
+        ({"processes": 2}, 2, "processes: expected 5"),
+        ({"time_cap_s": 1e9}, 2, "time cap: expected"),
+        ({"threads": "1"}, 3, "threads: expected int"),
+        ({"resume": True}, 2, "no unfinished measurement with these options"),
+        ({"seed": 1}, 3, "seed: unknown key"),
+    ],
+)
+def test_an_order_that_cannot_be_carried_out_leaves_nothing_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], code: int, says: str
+) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("EDGEEXIT_HOME", str(home))
+    with pytest.raises(EdgeExitError) as caught:
+        profiling.profile(Table(order_for(tmp_path, **changes), "order"), Silent())
+    assert says in str(caught.value)
+    assert caught.value.exit_code == code
+    assert not list(home.glob("results/*/"))
+
+
+def test_what_decides_about_the_values_names_the_measurement(tmp_path: Path) -> None:
+    def name(**changes: Any) -> str:
+        order = order_for(tmp_path, **changes)
+        return profiling._Order.from_table(Table(order, "order")).id
+
+    known = name()
+    # More time or another precision goes on with the same measurement, as it does here.
+    assert name(processes=9, precision=0.1, time_cap_s=9.0, resume=True) == known
+    others = [
+        *(name(threads=2), name(cores=[0]), name(meter="pmic"), name(device="rpi4")),
+        *(name(mode="sustained"), name(mode="paced", rate_hz=5.0), name(device_toml=MINE)),
+    ]
+    assert len({known, *others}) == 1 + len(others)
+    (tmp_path / "small.edgeexit" / "policies").mkdir()
+    (tmp_path / "small.edgeexit" / "policies" / "host.json").write_text("{}")
+    order = order_for(tmp_path)
+    order["manifest"] = Manifest.from_folder(tmp_path / "small.edgeexit").to_document()
+    assert profiling._Order.from_table(Table(order, "order")).id == known
+
+
+def test_a_home_that_takes_nothing_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("EDGEEXIT_HOME", str(tmp_path / "home"))
+    with pytest.raises(StorageError, match="cannot write: Not a directory"):
+        profiling.profile(Table(order_for(tmp_path), "order"), Silent())
+
+
+def test_a_dead_link_that_is_waited_for_locks_nobody_out(tmp_path: Path) -> None:
+    order = order_for(tmp_path)
+    home = {"EDGEEXIT_HOME": str(tmp_path / "home")}
+    with (
+        agent("-m", "edgeexit", "agent", "profile", **home) as dead,
+        agent("-m", "edgeexit", "agent", "profile", **home) as living,
+    ):
+        dead.send(order)
+        assert dead.until("need")["blobs"]
+        living.send(order)
+        assert living.until("need")["blobs"]

@@ -23,7 +23,7 @@ from edgeexit.blobs import Blobs
 from edgeexit.blocks import Mode
 from edgeexit.bundle import MANIFEST, Bundle, load_bundle
 from edgeexit.collect import Limits, Progress, Step
-from edgeexit.errors import BadFile, Busy, UsageError, storage
+from edgeexit.errors import BadFile, Busy, EdgeExitError, UsageError, storage
 from edgeexit.files import Table, file_digest, write_file
 from edgeexit.locks import hold
 from edgeexit.manifest import Manifest
@@ -101,43 +101,65 @@ def profile(order: Table, talk: Talk) -> Mapping[str, Any]:
     """
     asked = _Order.from_table(order)
     home = board_home()
-    folder = home / RESULTS / asked.id
-    with _alone(home / RESULTS / "lock", _PATIENCE_S if asked.resume else 0.0):
-        done, book = folder / "profile.json", folder / "profile.json.part"
+    folder, lock = home / RESULTS / asked.id, home / RESULTS / "lock"
+    done, book = folder / "profile.json", folder / "profile.json.part"
+    patience_s = _PATIENCE_S if asked.resume else 0.0
+    # Nobody is asked for anything under the lock: a link that is dead, but that the system still
+    # believes in for hours, would lock everybody out.
+    with _alone(lock, patience_s):
         _check_resume(folder, done, book, asked.resume)
-        if not done.is_file():
-            with storage(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            device = asked.device
-            if asked.device_toml is not None:
-                path = folder / "device.toml"
-                write_file(path, asked.device_toml.encode())
-                device = str(path)
-            instrument.check_device(device)
-            instrument.measure(
-                _bundle(folder / "bundle.edgeexit", Blobs(home), asked.manifest, talk),
-                device,
-                mode=asked.mode,
-                threads=asked.threads,
-                cores=asked.cores,
-                limits=asked.limits,
-                meter=asked.meter,
-                notebook=book,
-                resume=book.exists(),
-                on_step=_teller(talk),
-                save=lambda found: found.save(done),
-            )
-        answer = talk.need(
-            fetch={
-                "path": str(done),
-                "sha256": file_digest(done),
-                "size_bytes": done.stat().st_size,
-            }
-        )
-        if answer.get("fetched", bool):
-            with storage(folder):
-                shutil.rmtree(folder)
+    if not done.is_file():
+        try:
+            bundle, device = _prepared(asked, folder, Blobs(home), talk)
+            with _alone(lock, patience_s):
+                _measure(asked, bundle, device, book, done, talk)
+        except Busy:
+            raise
+        except EdgeExitError:
+            if not _has_begun(book):
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+    fetch = {"path": str(done), "sha256": file_digest(done), "size_bytes": done.stat().st_size}
+    if talk.need(fetch=fetch).get("fetched", bool):
+        with storage(folder):
+            shutil.rmtree(folder)
     return {"id": asked.id}
+
+
+def _prepared(asked: _Order, folder: Path, blobs: Blobs, talk: Talk) -> tuple[Bundle, str]:
+    """The bundle, and the device as measure takes it; DeviceError if this is another one."""
+    with storage(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    device = asked.device
+    if asked.device_toml is not None:
+        device = str(folder / "device.toml")
+        write_file(Path(device), asked.device_toml.encode())
+    instrument.check_device(device)
+    return _bundle(folder / "bundle.edgeexit", blobs, asked.manifest, talk), device
+
+
+def _measure(
+    asked: _Order, bundle: Bundle, device: str, book: Path, done: Path, talk: Talk
+) -> None:
+    if done.is_file():  # by the one who was waited for
+        return
+    instrument.measure(
+        bundle,
+        device,
+        mode=asked.mode,
+        threads=asked.threads,
+        cores=asked.cores,
+        limits=asked.limits,
+        meter=asked.meter,
+        notebook=book,
+        resume=asked.resume and _has_begun(book),
+        on_step=_teller(talk),
+        save=lambda found: found.save(done),
+    )
+
+
+def _has_begun(book: Path) -> bool:
+    return book.exists() and book.stat().st_size > 0
 
 
 @contextmanager
@@ -165,7 +187,7 @@ def _check_resume(folder: Path, done: Path, book: Path, resume: bool) -> None:
             f"{folder}: no unfinished measurement with these options to go on with",
             hint="measure without --resume",
         )
-    if not resume and (done.exists() or book.exists()):
+    if not resume and (done.exists() or _has_begun(book)):
         is_done = "finished, but not fetched" if done.exists() else "not finished"
         raise UsageError(
             f"{folder}: a measurement that was {is_done}",
