@@ -228,6 +228,28 @@ def _arm_cost(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _fleet(found: Mapping[str, Any]) -> list[list[str]]:
+    boards, broken = found["boards"], len(found["broken"])
+    size = f"{found['bytes'] / 1e6:g} MB"
+    longest = found["board_longest_s"]
+    return [
+        ["what", "seconds", "bar"],
+        [f"{size} to {boards} boards, {found['limit']} at a time", f"{found['all_s']:.1f}", "60"],
+        [
+            "one of these boards, median and longest",
+            f"{found['board_median_s']:.1f}, {longest:.1f}",
+            "",
+        ],
+        ["the same command again: nothing to do", f"{found['again_s']:.1f}", ""],
+        [
+            f"the next release with {broken} boards broken, which are named",
+            f"{found['with_broken_s']:.1f}",
+            "",
+        ],
+        [f"again when they are mended: {broken} done", f"{found['mended_s']:.1f}", ""],
+    ]
+
+
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
 PAPERS = {
     "seeds-worth": "Is it worth it? Pruning and early exit on CIFAR-10",
@@ -272,6 +294,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
         "What an exit costs on ARM code: instructions, counted on an emulated core; no latency",
         _arm_cost,
     ),
+    "fleet": ("Deploying to many boards, all of them on this machine", _fleet),
     "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
 }
 
