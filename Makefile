@@ -14,8 +14,13 @@ demo: $(READY)
 test: $(READY) lint
 	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
-# On ARM code, with no board: needs root and Debian's qemu-system-arm, mmdebstrap, arch-test.
+# What CI leaves out of boards: the whole ARM machine, large nets on ARM code, power cuts, fleets; and
+# instructions counted again. Needs root and the Debian packages of .ci/run.
+BOARDS = arm_answers arm_board arm_cost ansible deploy live notify releases releases_crashes \
+  releases_power remote_profiling serve
+
 rehearse: $(READY)
+	EDGEEXIT_NO_SKIPS=1 $(BIN)/python -m pytest -q --slow -m slow $(BOARDS:%=tests/test_%.py)
 	$(BIN)/python bench/arm/cost.py
 
 setup: $(READY)
