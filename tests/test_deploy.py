@@ -251,6 +251,33 @@ def test_wrong_options_are_told_in_one_line(
     assert not (Path.cwd() / "board").exists()
 
 
+def test_a_board_needs_no_ssh_package_to_deploy_on_itself(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on a laptop without them the next step is told."""
+    monkeypatch.setenv("EDGEEXIT_HOME", str(tmp_path / "board"))
+    code = """
+import sys
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("asyncssh", "tomlkit"):
+            raise ModuleNotFoundError("no module named " + name, name=name)
+sys.meta_path.insert(0, Wall())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in ("asyncssh", "tomlkit") else real(name)
+from edgeexit.cli import entry
+assert entry(["deploy", "--here"]) == 0
+assert entry(["deploy", "--here", "--status"]) == 0
+sys.exit(entry(["deploy", "--host", "pi@nowhere"]))
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+
+    assert done.returncode == 2, done.stderr
+    assert "deploy needs ssh" in done.stderr and 'pip install "edgeexit[ssh]"' in done.stderr
+
+
 def test_no_key_material_is_ever_shown(
     bundle: Bundle, fleet: dict[str, Board], laptop: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

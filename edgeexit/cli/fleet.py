@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeexit.cli import one_line
+from edgeexit.cli import one_line, require_remote
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def meant(names: Sequence[str], labels: Sequence[str], is_here: bool) -> "list[H
     from edgeexit.remote.hosts import Host, chosen
 
     if not is_here:
+        require_remote(str(click.get_current_context().info_name))
         return chosen(names, labels)
     if names or labels:
         raise UsageError("--here is this machine: leave --host and --label out")
