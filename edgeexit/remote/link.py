@@ -26,7 +26,6 @@ __all__ = ["Done", "Item", "Link", "LinkLost", "Uploaded", "connect"]
 # History: 1 first.
 PROTOCOL = 1
 MAX_OUT_BYTES = 64 << 20
-_FIRST_ANSWER_S = 120.0
 _READ_BYTES = 1 << 15
 
 # Whatever the login shell, HOME is found by a POSIX one.
@@ -158,13 +157,7 @@ class Link:
         process: Talk
         async with self.talk(argv, f"agent {sub}") as process:
             await process.say(order)
-            try:
-                async with asyncio.timeout(_FIRST_ANSWER_S):
-                    head = await process.greeting("agent")
-            except TimeoutError:
-                raise DeviceError(
-                    f"{process.place}: said nothing within {_FIRST_ANSWER_S:g} s"
-                ) from None
+            head = await process.greeting("agent")
             if head is None:
                 raise await self._silent(process)
             self._greeted(process, head)

@@ -7,6 +7,7 @@ ever trusted silently, whatever the configuration says. asyncssh's exceptions be
 """
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
@@ -78,6 +79,7 @@ async def opened(
     Its key is *host*.host_key or, without that, in a known_hosts file; DeviceError says what to
     do about any other key and every other reason why there is no connection.
     """
+    logging.getLogger("asyncio").addFilter(_is_news)
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(timeout_s):
@@ -89,6 +91,11 @@ async def opened(
                 hint="is the board on, and in the same network?",
             ) from None
         yield connection
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # asyncio's warning about a broken link, which we tell ourselves, once and as an error.
+    return record.msg != "socket.send() raised exception."
 
 
 async def offered_key(host: Host, *, timeout_s: float = 15.0) -> str:
@@ -294,7 +301,7 @@ class _Attempt:
 
 
 # The first that fits; those that stand for many things say more.
-_REASONS: tuple[tuple[type[Exception], str, str], ...] = (
+_REASONS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, str], ...] = (
     (
         socket.gaierror,
         "is no name that this machine knows",
@@ -316,7 +323,7 @@ _REASONS: tuple[tuple[type[Exception], str, str], ...] = (
         "update the ssh server there",
     ),
     (
-        asyncssh.ConnectionLost,
+        (asyncssh.ConnectionLost, ConnectionResetError, BrokenPipeError),
         "closed the connection before the login",
         "is it an ssh server? If many log in at once, raise MaxStartups in its sshd_config",
     ),

@@ -26,6 +26,7 @@ MAX_BANNER_BYTES = 64 << 10
 MAX_ERR_BYTES = 64 << 10
 _CHUNK = 1 << 16
 _ENDING_S = 3.0
+_FIRST_ANSWER_S = 120.0
 
 
 class Talk:
@@ -74,15 +75,20 @@ class Talk:
     async def greeting(self, key: str) -> Table | None:
         """The first JSON line that has *key*; what a login shell prints before it is skipped."""
         skipped = 0
-        while skipped <= MAX_BANNER_BYTES:
-            line = await self.line(MAX_BANNER_BYTES)
-            if line is None:
-                return None
-            with contextlib.suppress(BadFile):
-                said = parse_json(line, self.place)
-                if key in said:
-                    return said
-            skipped += len(line) + 1
+        try:
+            async with asyncio.timeout(_FIRST_ANSWER_S):
+                while skipped <= MAX_BANNER_BYTES:
+                    line = await self.line(MAX_BANNER_BYTES)
+                    if line is None:
+                        return None
+                    with contextlib.suppress(BadFile):
+                        said = parse_json(line, self.place)
+                        if key in said:
+                            return said
+                    skipped += len(line) + 1
+        except TimeoutError:
+            fact = f"said nothing that we know within {_FIRST_ANSWER_S:g} s"
+            raise DeviceError(f"{self.place}: {fact}") from None
         raise DeviceError(
             f"{self.place}: prints more than {MAX_BANNER_BYTES >> 10} KiB before it answers",
             hint="what does the login shell there print (~/.bashrc, ~/.profile)?",

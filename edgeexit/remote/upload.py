@@ -45,11 +45,13 @@ def sync(path, flags):
         os.close(handle)
 def look(name, size):
     path = os.path.join(folder, name)
+    part = path + ".part"
     if os.path.lexists(path):
         if os.path.isfile(path) and os.path.getsize(path) == size and digest(path) == name:
+            if os.path.lexists(part):
+                os.unlink(part)
             return {"whole": True, "part": size}
         os.unlink(path)
-    part = path + ".part"
     if not os.path.lexists(part):
         return {"whole": False, "part": 0}
     if os.path.islink(part) or not os.path.isfile(part) or os.path.getsize(part) > size:
@@ -59,8 +61,9 @@ def look(name, size):
 def seal(name, size):
     path = os.path.join(folder, name)
     part = path + ".part"
-    if not os.path.exists(part) and os.path.exists(path):
-        return look(name, size)
+    found = look(name, size)
+    if found["whole"] or found["part"] < size:  # another upload of the same was faster
+        return found
     if digest(part) != name:
         os.unlink(part)
         return {"whole": False, "part": 0}
@@ -70,11 +73,14 @@ def seal(name, size):
     return {"whole": True, "part": size}
 def room(name, size):
     path = os.path.join(folder, ".probe")
-    with open(path, "wb") as file:
-        file.write(b"\0" * 65536)
-        file.flush()
-        os.fsync(file.fileno())
-    os.unlink(path)
+    try:
+        with open(path, "wb") as file:
+            file.write(b"\0" * 65536)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)
     found = os.statvfs(folder)
     return {"free": found.f_bavail * found.f_frsize}
 print(json.dumps({"blobs": 1}), flush=True)
@@ -158,7 +164,8 @@ async def _send(
     on_bytes: Callable[[int], None],
 ) -> int:
     path = f"{blobs.folder}/{item.sha256}.part"
-    flags = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT | (0 if begin else asyncssh.FXF_TRUNC)
+    # Never cut short: two uploads of the same write the same bytes to the same places.
+    flags = asyncssh.FXF_WRITE | asyncssh.FXF_CREAT
     waiting: deque[tuple[asyncio.Task[int], int]] = deque()
     sent = 0
     try:
