@@ -22,6 +22,7 @@ from pathlib import Path
 from edgeexit.errors import EdgeExitError
 from edgeexit.locks import hold
 
+ENVIRONMENT = "EDGEEXIT_ARM_CACHE"
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
 PYTHON = "3.11"
@@ -49,7 +50,7 @@ class CannotBuild(EdgeExitError):
 
 def cache() -> Path:
     """The folder of all layers."""
-    place = os.environ.get("EDGEEXIT_ARM_CACHE")
+    place = os.environ.get(ENVIRONMENT)
     return Path(place) if place else Path.home() / ".cache" / "edgeexit" / "arm"
 
 
