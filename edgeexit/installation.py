@@ -14,6 +14,7 @@ python              sys.version_info, sys.implementation, sys.abiflags
 libc                os.confstr("CS_GNU_LIBC_VERSION"); what a wheel needs: the tags in its WHEEL
 runtime, numpy      the child; importlib.metadata for versions
 xnnpack, self-test  the child, with the bundle that comes with edgeexit
+camera              a child that imports picamera2, if it is there
 """
 
 import importlib.metadata
@@ -35,6 +36,7 @@ from edgeexit.symptoms import Finding, failed, ok, shown, unknown, warning
 
 # Best first, as in interpreter.
 LITERT, TFLITE = "ai-edge-litert", "tflite-runtime"
+CAMERA = "picamera2"
 _INSTALL = f"python3 -m pip install {LITERT}"
 # ai-edge-litert's wheels: Python 3.10 to 3.14, manylinux_2_27, x86_64 and aarch64 (PyPI, version
 # 2.3.0). edgeexit itself asks for 3.11.
@@ -70,7 +72,8 @@ class Installation:
 
     *architecture* is the kernel's, *userland_bits* the system's own programs' (None: not known).
     *installed* holds the versions of the distributions that matter, *tags* the platforms that
-    the runtime's wheel was built for. *trial* is None where nobody tried.
+    the runtime's wheel was built for. *trial* is None where nobody tried. *camera* is what
+    importing picamera2 said: "" if it loads, None if it is not installed or nobody tried.
     """
 
     system: str = "linux"
@@ -84,6 +87,7 @@ class Installation:
     installed: Mapping[str, str] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
     trial: Trial | None = None
+    camera: str | None = None
 
     @property
     def has_runtime(self) -> bool:
@@ -108,19 +112,20 @@ def this_installation(machine: Machine, *, is_quick: bool = False) -> Installati
         installed=installed,
         tags=tags,
         trial=None if is_quick else try_runtime(),
+        camera=None if is_quick or CAMERA not in installed else _try_camera(),
     )
 
 
 def _installed() -> tuple[dict[str, str], tuple[str, ...]]:
     versions: dict[str, str] = {}
     tags: tuple[str, ...] = ()
-    for name in (LITERT, TFLITE, "numpy"):
+    for name in (LITERT, TFLITE, "numpy", CAMERA):
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         versions[name] = found.version
-        if name != "numpy" and not tags:
+        if name in (LITERT, TFLITE) and not tags:
             tags = tuple(re.findall(r"^Tag: (.+)$", found.read_text("WHEEL") or "", re.MULTILINE))
     return versions, tags
 
@@ -179,6 +184,23 @@ def try_runtime(timeout_s: float = _TIMEOUT_S) -> Trial:
         if key in said
     }
     return Trial(**known, died=died)
+
+
+def _try_camera(timeout_s: float = _TIMEOUT_S) -> str:
+    """What importing picamera2 says in a child process, "" if nothing is wrong."""
+    try:
+        done = subprocess.run(
+            command("-c", f"import {CAMERA}"),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_s,
+            check=False,
+        )
+    except (subprocess.TimeoutExpired, OSError) as error:
+        return shown(f"{type(error).__name__}: {error}")
+    if done.returncode < 0:
+        return f"Python {_signal(-done.returncode)}"
+    return _last(done.stderr).removeprefix(": ") or "it fails" if done.returncode else ""
 
 
 def _signal(number: int) -> str:
@@ -359,7 +381,26 @@ def self_test(here: Installation) -> Finding:
     return failed(f"Python {trial.died}" if trial.died else trial.error or "it never ended", step)
 
 
-CHECKS: dict[str, Callable[[Installation], Finding]] = {
+def camera(here: Installation) -> Finding | None:
+    """Whether the camera's library, which only the system has, works beside what is here."""
+    if here.camera is None:
+        return None
+    version = f"{CAMERA} {shown(here.installed.get(CAMERA, ''))}"
+    if not here.camera:
+        return ok(version)
+    numpy_version = here.trial.numpy if here.trial else here.installed.get("numpy")
+    if "numpy" in here.camera:
+        # Debian 12's picamera2 was compiled for numpy 1, and wheels bring numpy 2.
+        return failed(
+            f"{version} clashes with numpy {numpy_version or 'here'}: {here.camera}",
+            'pip install "numpy<2" on bookworm; or from the laptop: edgeexit setup HOST --camera',
+        )
+    return failed(
+        f"{version} does not load: {here.camera}", "sudo apt install --reinstall python3-picamera2"
+    )
+
+
+CHECKS: dict[str, Callable[[Installation], Finding | None]] = {
     "userland": userland,
     "python": python,
     "libc": libc,
@@ -367,4 +408,5 @@ CHECKS: dict[str, Callable[[Installation], Finding]] = {
     "numpy": numpy,
     "xnnpack": xnnpack,
     "self-test": self_test,
+    "camera": camera,
 }

@@ -34,7 +34,8 @@ WORKS = Trial(
     selftest="16 samples, 480 logits, 0 differ, by at most 0",
 )
 SOUND = Installation(
-    installed={"ai-edge-litert": "2.3.0", "numpy": "2.4.6"},
+    installed={"ai-edge-litert": "2.3.0", "numpy": "2.4.6", "picamera2": "0.3.12"},
+    camera="",
     tags=("cp311-cp311-manylinux_2_27_aarch64",),
     trial=WORKS,
 )
@@ -618,6 +619,11 @@ ABSENT = Trial(numpy="2.4.6", error="no TFLite runtime on this machine")
 OLD = {"tflite-runtime": "2.14.0", "numpy": "2.4.6"}
 
 # finding, status, what it says, what is different from a sound installation
+# What a module compiled for numpy 1 says under numpy 2 (simplejpeg 1.7.2, numpy 2.4.6).
+CLASH = (
+    "ValueError: numpy.dtype size changed, may indicate binary incompatibility. "
+    "Expected 96 from C header, got 88 from PyObject"
+)
 PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("userland", FAILED, "darwin", {"system": "darwin"}),
     ("userland", OK, "64 bit, x86_64", {"architecture": "x86_64"}),
@@ -706,6 +712,9 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"trial": Trial(numpy="2", runtime="x", error="self-test logits differ by 9 here")},
     ),
     ("self-test", FAILED, "SIGSEGV", {"trial": Trial(numpy="2", runtime="x", died="by SIGSEGV")}),
+    ("camera", OK, "picamera2 0.3.12", {}),
+    ("camera", FAILED, "picamera2 0.3.12 clashes with numpy 2.4.6: ", {"camera": CLASH}),
+    ("camera", FAILED, "does not load: No module", {"camera": "No module named 'libcamera'"}),
 ]
 
 
@@ -715,13 +724,33 @@ def test_a_sick_installation_is_found_out(
 ) -> None:
     found = installation.CHECKS[name](dataclasses.replace(SOUND, **changes))
 
+    assert found is not None
     assert (found.status, says in found.seen) == (status, True), found
     assert (found.fix is None) == (status in (OK, UNKNOWN))
 
 
 def test_every_check_of_the_installation_is_seen_both_ways() -> None:
     assert set(installation.CHECKS) == {name for name, status, *_ in PYTHON_CASES if status != OK}
-    assert all(check(SOUND).status == OK for check in installation.CHECKS.values())
+    found = [check(SOUND) for check in installation.CHECKS.values()]
+    assert all(finding is not None and finding.status == OK for finding in found)
+
+
+def test_a_machine_without_a_cameras_library_hears_nothing_of_it() -> None:
+    assert installation.camera(dataclasses.replace(SOUND, camera=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [("", ""), ("raise ValueError('numpy.dtype size changed')", "numpy.dtype size changed")],
+)
+def test_the_cameras_library_is_tried_in_a_process_of_its_own(
+    module: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "picamera2.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    assert says in installation._try_camera()
+    assert bool(installation._try_camera()) == bool(says)
 
 
 def test_a_shell_tells_the_userland_where_getconf_is_missing(tmp_path: Path) -> None:
