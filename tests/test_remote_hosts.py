@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 pytest.importorskip("tomlkit")
 pytest.importorskip("asyncssh")
 
+import edgeexit
 from edgeexit import cli
 from edgeexit.errors import BadFile, EdgeExitError, UsageError
 from edgeexit.remote.hosts import Host, Hosts, chosen, fingerprint, parse_address
@@ -218,7 +219,7 @@ def test_an_unknown_name_or_label_is_told_with_the_next_step(
     assert hint in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
+@pytest.mark.parametrize("kind", ["ed25519", "ecdsa"])
 def test_a_fingerprint_is_what_openssh_shows(tmp_path: Path, kind: str) -> None:
     key = make_key(tmp_path / "key", kind=kind)
     shown = subprocess.run(
@@ -388,6 +389,23 @@ def test_an_unknown_device_is_refused_before_anything_is_connected_to(
     code, _, err = typed(capfd, "hosts", "add", "pi", "127.0.0.1:1", "--device", "rpi44")
 
     assert (code, "rpi4" in err) == (2, True)
+
+
+def test_a_board_with_edgeexit_says_what_it_is(
+    boards: Callable[..., Board], hosts_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    board, hosts = boards(), Hosts.read(hosts_file)
+    package = Path(edgeexit.__file__).parent.parent
+    board.program(f'PYTHONPATH={package} exec {sys.executable} -P -m edgeexit "$@"')
+    hosts.add(Host(**{**vars(board.host()), "device": "rpi4"}))
+
+    code, out, err = typed(capfd, "hosts", "check", "--json")
+
+    (row,) = json.loads(out)["boards"]
+    assert (code, row["status"]) == (0, "unchanged")
+    assert row["facts"]["edgeexit"] == edgeexit.__version__
+    assert row["facts"]["device"] == "host"
+    assert "hosts.toml calls it a rpi4, it is a host" in err
 
 
 def test_of_several_boards_the_broken_one_is_named_and_the_others_answer(

@@ -2,11 +2,12 @@
 The same work on many boards at once: a row for each as it ends, and one exit code for all.
 
 A board that fails never stops the others; `canary` and `max_failures` only stop new ones from
-being started.
+being started. Importable on a board: no ssh is needed here.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +48,7 @@ def failures_allowed(text: str, boards: int) -> int:
     number = text.removesuffix("%")
     is_share = number != text
     if not number.isascii() or not number.isdigit() or (is_share and int(number) > 100):
-        raise UsageError(f"{text!r}: expected a count such as 3, or a share such as 10%")
+        raise UsageError(f"{text[:40]!r}: expected a count such as 3, or a share such as 10%")
     return boards * int(number) // 100 if is_share else int(number)
 
 
@@ -64,29 +65,31 @@ async def fan_out(
     The rows of *work* on every board, in the order of *hosts*; *on_row* gets each as it ends.
 
     At most *limit* boards are worked on at a time. The first *canary* boards must all succeed
-    before another begins; none begins any more once more than *max_failures* have failed.
+    before another begins; none begins any more once more than *max_failures* have failed. When
+    cancelled, the work under way is cancelled and waited for.
     """
     rows: dict[str, Row] = {}
+    failures = 0
 
     def ended(row: Row) -> None:
+        nonlocal failures
         rows[row.host] = row
+        failures += row.status == "failed"
         if on_row is not None:
             on_row(row)
 
-    def failures() -> int:
-        return sum(row.status == "failed" for row in rows.values())
+    async def share(waiting: deque[Host], allowed: int | None) -> None:
+        while waiting and (allowed is None or failures <= allowed):
+            ended(await _row(waiting.popleft(), work))
 
-    async def share(waiting: list[Host]) -> None:
-        while waiting and (max_failures is None or failures() <= max_failures):
-            ended(await _row(waiting.pop(0), work))
-
-    for group in (hosts[:canary], hosts[canary:]):
-        if len(rows) == canary and failures():
-            break  # a canary died
-        waiting = list(group)
+    first = canary if canary < len(hosts) else 0
+    for group, allowed in ((hosts[:first], 0), (hosts[first:], max_failures)):
+        if first and failures:
+            break  # a canary fell
+        waiting = deque(group)
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(limit, len(group))):
-                tasks.create_task(share(waiting))
+                tasks.create_task(share(waiting, allowed))
     for host in hosts:
         if host.name not in rows:
             ended(Row(host=host.name, status="skipped"))
@@ -98,14 +101,11 @@ async def _row(host: Host, work: Callable[[Host], Awaitable[Outcome]]) -> Row:
     try:
         outcome = await work(host)
     except EdgeExitError as error:
-        return Row(
-            host=host.name,
-            status="failed",
-            error=str(error),
-            hint=error.hint,
-            exit_code=error.exit_code,
-            seconds=time.monotonic() - began,
-        )
+        return _failed(host, str(error), error.hint, error.exit_code, began)
+    except Exception as error:
+        # One board's strange answer must not take the others' rows along.
+        text = f"{host.name}: a bug in edgeexit: {type(error).__name__}: {error}"
+        return _failed(host, text, "please report it with this line", 1, began)
     return Row(
         host=host.name,
         status="done" if outcome.changed else "unchanged",
@@ -114,32 +114,38 @@ async def _row(host: Host, work: Callable[[Host], Awaitable[Outcome]]) -> Row:
     )
 
 
+def _failed(host: Host, error: str, hint: str | None, code: int, began: float) -> Row:
+    return Row(
+        host=host.name,
+        status="failed",
+        error=error,
+        hint=hint,
+        exit_code=code,
+        seconds=time.monotonic() - began,
+    )
+
+
 def exit_code(rows: Sequence[Row]) -> int:
     """0 if no board failed, the common code if all failures share one, else 5."""
     codes = {row.exit_code for row in rows if row.status == "failed"}
-    if any(row.status == "skipped" for row in rows):
-        codes = codes or {DeviceError.exit_code}
     return codes.pop() if len(codes) == 1 else DeviceError.exit_code if codes else 0
 
 
 def to_document(rows: Sequence[Row]) -> dict[str, Any]:
     """The rows as one JSON document."""
-    return {
-        "format": 1,
-        "exit_code": exit_code(rows),
-        "boards": [{**vars(row), "facts": dict(row.facts)} for row in rows],
-    }
+    boards = [{**vars(row), "seconds": round(row.seconds, 3)} for row in rows]
+    return {"format": 1, "exit_code": exit_code(rows), "boards": boards}
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as text: a line for each board, then what to do about the failures."""
+    """The rows as text, a line for each board."""
     width = max((len(row.host) for row in rows), default=0)
     return "\n".join(line(row, width) for row in rows)
 
 
 def line(row: Row, width: int = 0) -> str:
-    """One row as a line of text."""
-    facts = ", ".join(f"{key} {value}" for key, value in row.facts.items())
-    said = row.error if row.error is not None else facts
+    """One row as a line of text, the name padded to *width*."""
+    facts = ", ".join(f"{key} {value}".strip() for key, value in row.facts.items())
+    said = row.error.removeprefix(f"{row.host}: ") if row.error is not None else facts
     shown = f"{row.host.ljust(width)}  {row.status:9}  {row.seconds:6.1f} s  {said}"
-    return printable(shown.rstrip())
+    return printable(" ".join(shown.splitlines()).rstrip())
