@@ -2,6 +2,7 @@
 
 import asyncio
 import getpass
+import json
 import os
 import subprocess
 from collections.abc import Callable, Coroutine, Iterator
@@ -279,6 +280,41 @@ def test_a_board_without_a_working_edgeexit_is_told_with_the_next_step(
         deployed(board, parcel_of(tmp_path, 1000))
     assert caught.value.hint and ("setup" in caught.value.hint or "doctor" in caught.value.hint)
     assert caught.value.exit_code == 5
+
+
+RESULT = {
+    **{"app": "small", "release": "a" * 16, "was": None, "changed": True, "policy": None},
+    **{"device": "host", "runtime": "x", "runtime_version": "1", "edgeexit": "1"},
+    **{"selftest": None, "warnings": []},
+}
+
+
+NONSENSE: list[dict[str, Any]] = [
+    {"need": {"blobs": ["0" * 64]}},
+    {"need": {"blobs": "all"}},
+    {"need": {}},
+    *({"result": {key: RESULT[key] for key in RESULT if key != name}} for name in RESULT),
+    {"result": RESULT | {"changed": "yes"}},
+    {"result": RESULT | {"selftest": []}},
+]
+
+
+def test_a_board_that_answers_nonsense_gets_nothing_and_fails_alone(
+    board: Board, tmp_path: Path
+) -> None:
+    parcel = parcel_of(tmp_path, 1000)
+
+    def answering(line: dict[str, Any]) -> None:
+        lines = "\n".join(map(json.dumps, ({"agent": 1, "edgeexit": "1"}, line)))
+        install_again(board, f"cat <<'END'\n{lines}\nEND\nread order; read answer; exit 0")
+
+    answering({"result": RESULT})
+    assert deployed(board, parcel).changed
+    for line in NONSENSE:
+        answering(line)
+        with pytest.raises(DeviceError, match=r"^pi: "):
+            deployed(board, parcel)
+    assert not (board.home / "blobs").exists()
 
 
 def test_an_unknown_or_changed_host_key_is_never_trusted(
