@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from small import small_bundle
 from sshd import Board, boards, laptop
+from test_agent_delivery import with_other_answers
 
 pytest.importorskip("ansible")
 
@@ -125,3 +126,34 @@ def test_check_changes_nothing_a_run_deploys_a_second_one_changes_nothing(
     assert (
         json.loads((fleet["board0"].home / "apps/small/state.json").read_text())["intent"] is None
     )
+
+
+@pytest.mark.slow
+def test_a_board_that_fails_the_selftest_keeps_what_ran_and_says_why(
+    play: Play, tmp_path: Path
+) -> None:
+    bundle = small_bundle(tmp_path)
+    board = play.fleet["board0"]  # type: ignore[attr-defined]
+    assert play(bundle.path).code == 0
+    before = (board.home / "apps" / "small" / "current").resolve()
+    with_other_answers(bundle)
+
+    failed = play(bundle.path)
+
+    assert failed.code != 0
+    assert failed.counts["board0"]["failed"] == 1
+    assert "logits differ by" in failed.text, failed.text
+    assert (board.home / "apps" / "small" / "current").resolve() == before
+    assert not list((board.home / "incoming").iterdir())
+
+
+@pytest.mark.slow
+def test_a_tampered_bundle_stops_the_play_on_the_controller(play: Play, tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path)
+    path = bundle.path / "model.tflite"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    failed = play(bundle.path)
+
+    assert failed.code != 0 and "altered" in failed.text
+    assert not play.fleet["board0"].home.exists()  # type: ignore[attr-defined]
