@@ -296,7 +296,9 @@ def _remotely(host: str, words: list[str], is_user_unit: bool) -> None:
     from edgeexit.remote.service import ask
 
     (board,) = chosen([host], [])
-    code, text = asyncio.run(ask(board, words, as_root=not is_user_unit))
-    click.echo("\n".join(map(printable, text.splitlines())))
-    if code:
-        click.get_current_context().exit(code)
+    done = asyncio.run(ask(board, words, as_root=not is_user_unit))
+    for text, is_error in ((done.out.decode(errors="replace"), False), (done.err, True)):
+        for line in text.splitlines():
+            click.echo(printable(line), err=is_error)
+    if done.code:
+        click.get_current_context().exit(done.code)

@@ -5,17 +5,15 @@
 import shlex
 from collections.abc import Sequence
 
-from edgeexit.errors import DeviceError, printable
+from edgeexit.errors import DeviceError
 from edgeexit.releases import ENVIRONMENT
 from edgeexit.remote.hosts import Host
-from edgeexit.remote.link import connect
-
-_NOT_SET_UP = (126, 127)
+from edgeexit.remote.link import Done, connect
 
 
-async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> tuple[int, str]:
+async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> Done:
     """
-    Exit code and text of `edgeexit service WORDS` on *host*.
+    What `edgeexit service WORDS` says on *host*; any exit code is an answer.
 
     DeviceError without setup, or if sudo wants a password there: the hint is then the line that
     does it by hand.
@@ -34,9 +32,4 @@ async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> tuple[int, 
             port = [] if host.port in (None, 22) else ["-p", str(host.port)]
             line = shlex.join(["ssh", "-t", *port, target, shlex.join(["sudo", *named])])
             raise DeviceError(f"{host.name}: sudo wants a password there", hint=line)
-        done = await link.run(asked, timeout_s=300)
-    text = done.out.decode(errors="replace")
-    if done.code and not text.strip():
-        said = [line for line in done.err.splitlines() if line.strip()]
-        text = "\n".join(printable(line[:500]) for line in said[-4:])
-    return done.code, text
+        return await link.run(asked, timeout_s=300)
