@@ -357,6 +357,25 @@ def test_counts_repeat_and_are_what_profile_measures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_job_that_fails_or_does_not_end_is_told_with_its_last_words(tmp_path: Path) -> None:
+    with arm.or_skip():
+        board = machine.Machine(QUICK, tmp_path / "board")
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "job").write_text("#!/bin/sh\necho early\necho sorry >&2\nexit 3\n")
+    (files / "job").chmod(0o755)
+    lines: list[str] = []
+
+    with pytest.raises(machine.MachineFailed, match=r"the job failed.*sorry"):
+        board.batch(files, on_line=lines.append)
+    with pytest.raises(machine.MachineFailed, match="no end after 0 s"):
+        board.batch(files, timeout_s=0.2)
+
+    assert lines == ["early"]
+    assert _running(str(tmp_path)) == []
+
+
+@pytest.mark.slow
 def test_no_machine_outlives_its_process(tmp_path: Path) -> None:
     with arm.or_skip():
         machine.Machine(SLOW, tmp_path / "warm")  # makes the layers

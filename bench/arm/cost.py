@@ -34,7 +34,6 @@ CPUS = ("cortex-a72", "cortex-a76")  # without and with dot products: their kern
 SHIPPED = ("fashion", "fashion-pruned")
 ZOO = {"resnet8": "int8", "resnet8-float": "float", "resnet56": "int8"}  # net -> scheme
 UNCUT = "-uncut"  # the same network as one file, every exit computed
-# Those that need no conversion stand first.
 NETS = (*SHIPPED, *ZOO, *(name + UNCUT for name in ("resnet8", "resnet56")))
 # The chain of all segments over the uncut network, at most.
 CUTTING = {"resnet8": 1.05, "resnet56": 1.02}
@@ -58,7 +57,7 @@ class OverBudget(EdgeExitError):
 
 def worker(folder: Path) -> None:
     """In the machine: print, for each bundle in *folder*, a line with the instructions a call."""
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: path.stem):
         print(json.dumps({"net": path.stem, "exits": _counted(path)}), flush=True)
 
 
@@ -137,7 +136,11 @@ def _said(cpu: str, nets: Path, folder: Path, words: str, code: int = 0) -> str:
     job = files / "job"
     job.write_text(f"#!/bin/sh\n{settings} python3.11 {words}\n[ $? = {code} ]\n")
     job.chmod(0o755)
-    return Machine(cpu, folder / cpu, counting=True).batch(files, timeout_s=_TIMEOUT_S)
+    return Machine(cpu, folder / cpu, counting=True).batch(
+        files,
+        timeout_s=_TIMEOUT_S,
+        on_line=lambda line: print(f"  {cpu}: {line[:90]}", file=sys.stderr),
+    )
 
 
 def parse(said: str) -> dict[str, dict[str, int]]:
@@ -329,7 +332,8 @@ def write_budget(found: Counts, path: Path = BUDGET) -> None:
     for cpu, nets in found.items():
         for net, exits in nets.items():
             budget.setdefault(cpu, {})[net] = dict(exits)
-    document = {"format": FORMAT, "unit": "instructions a call", "instructions": budget}
+    ordered = {cpu: dict(sorted(nets.items())) for cpu, nets in sorted(budget.items())}
+    document = {"format": FORMAT, "unit": "instructions a call", "instructions": ordered}
     write_file(path, json_bytes(document))
 
 

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -121,11 +121,18 @@ class Machine:
         self._kernel, self._disk = kernel(), disk(ready=ready)
         folder.mkdir(parents=True, exist_ok=True)
 
-    def batch(self, files: Path, *, timeout_s: float = 600) -> str:
+    def batch(
+        self,
+        files: Path,
+        *,
+        timeout_s: float = 600,
+        on_line: Callable[[str], object] = lambda line: None,
+    ) -> str:
         """
         What the program *files*/job prints on stdout, run by root; the files lie in /mnt there.
 
-        MachineFailed if it does not end with 0 in time; the log says why.
+        *on_line* is given each line as it comes. MachineFailed if the job does not end with 0 in
+        time; the log says why.
         """
         said = self.folder / "said.txt"
         said.unlink(missing_ok=True)
@@ -134,10 +141,15 @@ class Machine:
             *("-nic", "none", "-device", "virtio-serial-device"),
             *("-chardev", f"file,id=said,path={said}", "-device", "virtserialport,chardev=said"),
         ) as qemu:
-            try:
-                qemu.wait(timeout_s)
-            except subprocess.TimeoutExpired as error:
-                raise MachineFailed(f"{self.cpu}: no end after {timeout_s:.0f} s") from error
+            end, told = time.monotonic() + timeout_s, 0
+            while qemu.poll() is None:
+                if time.monotonic() > end:
+                    raise self._failed(f"no end after {timeout_s:.0f} s")
+                time.sleep(_POLL_S)
+                lines = said.read_text().split("\n")[:-1] if said.exists() else []
+                for line in lines[told:]:
+                    on_line(line)
+                told = len(lines)
         ended = re.search(r"the job ended with (\d+)", self.log.read_text(errors="replace"))
         if ended is None or ended[1] != "0":
             raise self._failed("the job failed" if ended else "ended before its job")
