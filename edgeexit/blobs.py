@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from edgeexit.errors import BadFile, storage
-from edgeexit.files import json_bytes, make_folder, new_folder
+from edgeexit.files import json_bytes, new_folder
 from edgeexit.manifest import RECORD, Entry, Manifest, digest_in
 
 # What an upload under way needs must not be collected.
@@ -42,9 +42,9 @@ class Blobs:
     def add(self, entry: Entry, source: Path) -> None:
         """Copy the file *source* of this very machine; BadFile if it is not what *entry* says."""
         target = self.path(entry.sha256)
-        make_folder(self.folder)
         part = target.with_name(f"{target.name}.{os.getpid()}.part")
         with storage(target):
+            self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 _copy(entry, source, part, os.O_TRUNC)
                 # Not synced: whoever takes it looks at every byte.

@@ -391,7 +391,7 @@ def write_file(path: Path, data: bytes, *, mode: int = 0o666) -> None:
     with storage(path):
         _refuse_device(path)
         path = Path(os.path.realpath(path))
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
         temporary = Path(name)
         try:
@@ -416,7 +416,7 @@ def new_folder(path: Path, *, keep: Callable[[Path, Path], None] | None = None) 
     (old, new) may carry things over before the swap.
     """
     with storage(path):
-        make_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield temporary
@@ -438,15 +438,6 @@ def new_folder(path: Path, *, keep: Callable[[Path, Path], None] | None = None) 
                 shutil.rmtree(old) if is_folder else old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder *path* and those above it, as far as they are missing, durably."""
-    with storage(path):
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        for folder in reversed(missing):
-            folder.mkdir(exist_ok=True)
-            sync_folder(folder.parent)
 
 
 def point(path: Path, target: str | None) -> None:

@@ -416,7 +416,8 @@ class Releases:
 
     def _settle_check(self, state: State, intent: Intent) -> State:
         tries = state.tries.get(intent.release, 0) + 1
-        state = replace(state, intent=None, tries={**state.tries, intent.release: tries})
+        others = list(_less(state.tries, intent.release).items())[1 - _MAX_MARKS :]
+        state = replace(state, intent=None, tries=dict(others) | {intent.release: tries})
         self._tell(f"{self.app}: the check of {intent.release} did not end")
         if tries < MOST_TRIES:
             return self._shelf.write(state)

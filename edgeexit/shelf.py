@@ -14,7 +14,6 @@ from pathlib import Path
 from edgeexit.errors import BadFile, EdgeExitError, StorageError, UsageError, storage
 from edgeexit.files import (
     json_bytes,
-    make_folder,
     parse_json,
     point,
     read_bytes,
@@ -116,8 +115,9 @@ class Shelf:
     # ------------------------------------------------------------ changing
 
     def make(self) -> None:
-        """Make the folder."""
-        make_folder(self._store)
+        """Make the folder; settle() makes it last."""
+        with storage(self._store):
+            self._store.mkdir(parents=True, exist_ok=True)
 
     def write(self, state: State) -> State:
         """Write state.json."""
@@ -135,6 +135,9 @@ class Shelf:
         with storage(self.path):
             sync_folder(self._store)
             sync_folder(self.path)
+            if not self._state.exists():  # nobody has come as far as to write it: all may be new
+                for parent in list(self.path.parents)[:3]:
+                    sync_folder(parent)
 
     def remove(self, names: Sequence[str]) -> None:
         """Remove releases. Needs no free space."""

@@ -201,8 +201,8 @@ def main() -> None:
 
     def churn() -> None:
         """Deploy one release after the other; say what is about to be true, and what is."""
-        links, number = board._shelf.links(), int(rest[1])
-        current, previous = links.current, links.previous
+        number, status = int(rest[1]), board.status()
+        current, previous = status.current, status.previous
 
         def step(word: Callable[[], object], *state: str | None) -> None:
             line = " ".join(name or "-" for name in state)
@@ -210,6 +210,7 @@ def main() -> None:
             word()
             os.write(1, f"done {line}\n".encode())
 
+        step(board.repair, current, previous, status.staged)
         while True:
             folder = brought / str(number)
             folder.mkdir()

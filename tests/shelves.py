@@ -204,6 +204,9 @@ SCENARIOS = {
     "first": Scenario(
         operation="deploy", before=Links(), after=NEW, prepare=_nothing, repeat=_deploy
     ),
+    "begin": Scenario(
+        operation="install", before=Links(), after=Links(), prepare=_uploaded, repeat=_install
+    ),
     "deploy": Scenario(operation="deploy", before=AB, after=CB, prepare=_nothing, repeat=_deploy),
     "install": Scenario(
         operation="install", before=AB, after=AB, prepare=_uploaded, repeat=_install
