@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from itertools import islice
@@ -12,6 +14,7 @@ import pytest
 from cameras import number_of
 from test_capture import GRAY
 from test_capture import _cameras_are_importable as _cameras_are_importable
+from test_runtime import make_bundle
 
 from edgeexit.errors import DeviceError, EdgeExitError
 from edgeexit.inputs import Item
@@ -54,7 +57,7 @@ def openings(given: list[int]) -> list[list[int]]:
     return found
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [2, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_camera_that_goes_away_and_comes_back_is_opened_anew(tmp_path: Path, rounds: int) -> None:
     said: list[str] = []
     live = make(f"cameras:vanishing:{tmp_path}", said)
@@ -180,6 +183,38 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     (mine, childs), (mine_later, childs_later) = seen
     assert mine_later - mine < 2 << 20
     assert childs_later - childs < 2 << 20
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(300_000, marks=pytest.mark.slow)])
+def test_the_whole_command_does_not_grow_either(tmp_path: Path, count: int) -> None:
+    make_bundle(tmp_path)
+    source = f"cameras:every:{count}"
+    log = tmp_path / "answers"
+    with log.open("wb") as answers:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "edgeexit", "run", source, "--json"],
+            cwd=tmp_path,
+            stdout=answers,
+            stderr=subprocess.DEVNULL,
+        )
+    seen: list[list[int]] = []
+    try:
+        for share in (0.3, 0.9):
+            while log.read_bytes().count(b"\n") < share * count:
+                assert process.poll() is None
+                time.sleep(0.2)
+            kin = [psutil.Process(process.pid), *psutil.Process(process.pid).children()]
+            seen.append([one.memory_info().rss for one in kin] + [kin[0].num_fds()])
+        assert process.wait(600) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+    (mine, childs, files), (mine_later, childs_later, files_later) = seen
+    assert mine_later - mine < 1 << 20
+    assert childs_later - childs < 1 << 20
+    assert files_later == files
+    assert log.read_bytes().count(b"\n") == count
 
 
 def test_a_driver_that_will_not_let_go_does_not_stop_the_next_opening(
