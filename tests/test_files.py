@@ -24,6 +24,7 @@ from edgeexit.files import (
     npz_bytes,
     parse_json,
     parse_npz,
+    point,
     read_bytes,
     read_toml,
     write_file,
@@ -235,3 +236,23 @@ def test_a_files_digest_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
         file_digest(tmp_path / "none")
     with pytest.raises(UsageError, match="is a folder"):
         file_digest(tmp_path)
+
+
+def test_a_link_is_exchanged_at_once_and_removed(tmp_path: Path) -> None:
+    link = tmp_path / "current"
+    point(link, "releases/a")
+    point(link, "releases/b")
+
+    assert link.readlink() == Path("releases/b")
+    assert [path.name for path in tmp_path.iterdir()] == ["current"]
+    point(link, None)
+    point(link, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_not_replaced_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "current").mkdir()
+
+    with pytest.raises(StorageError):
+        point(tmp_path / "current", "releases/a")
+    assert [path.name for path in tmp_path.iterdir()] == ["current"]
