@@ -192,16 +192,33 @@ def test_a_policy_that_the_board_cannot_use_is_no_less_refused(
     assert board.running is None
 
 
-@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 11)", "os._exit(3)", "print('{}')"])
-def test_a_model_that_ends_its_process_fails_the_selftest(
-    board: Here, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, end: str
+@pytest.mark.parametrize(
+    ("end", "error", "said", "is_bad"),
+    [
+        ("os.kill(os.getpid(), 11)", SelfTestError, r"dies of the self-test \(SIGSEGV\)", True),
+        ("os.abort()", SelfTestError, r"\(SIGABRT\)", True),
+        ("os.kill(os.getpid(), 9)", DeviceError, "ended with code -9: no word", False),
+        ("import absent", DeviceError, "ModuleNotFoundError: No module named 'absent'", False),
+        ("print('{}')", DeviceError, "ended with code 0", False),
+    ],
+)
+def test_only_a_crash_of_the_runtime_is_the_releases_fault(
+    board: Here,
+    bundle: Bundle,
+    monkeypatch: pytest.MonkeyPatch,
+    end: str,
+    error: type[EdgeExitError],
+    said: str,
+    is_bad: bool,
 ) -> None:
     code = f"import os; {end}"
     monkeypatch.setattr(delivery, "command", lambda *_: [sys.executable, "-c", code])
 
-    with pytest.raises(SelfTestError, match=r"dies of the self-test"):
+    with pytest.raises(error, match=said) as caught:
         board.deploy(pack(bundle.path))
+    assert caught.value.hint
     assert board.running is None
+    assert bool(board.ask(delivery.status)["apps"][0]["bad"]) == is_bad
 
 
 def test_a_selftest_that_never_ends_is_ended(

@@ -30,6 +30,7 @@ from edgeexit.errors import (
     EdgeExitError,
     SelfTestError,
     StorageError,
+    printable,
 )
 from edgeexit.files import Table
 from edgeexit.locks import hold
@@ -84,13 +85,16 @@ def _moving(missing: Sequence[Entry]) -> Iterator[None]:
     paths += [path.with_name(f"{path.name}.part") for path in paths]
     is_over, stands = threading.Event(), threading.Event()
 
-    def sizes() -> list[int]:
-        return [path.stat().st_size if path.exists() else -1 for path in paths]
+    def size(path: Path) -> int:
+        try:
+            return path.stat().st_size
+        except OSError:
+            return -1
 
     def watch() -> None:
-        found, since = sizes(), time.monotonic()
+        found, since = list(map(size, paths)), time.monotonic()
         while not is_over.wait(min(1.0, STALL_S / 4)):
-            last, found = found, sizes()
+            last, found = found, list(map(size, paths))
             if found != last:
                 since = time.monotonic()
             elif time.monotonic() - since > STALL_S:
@@ -272,7 +276,8 @@ def check(folder: Path) -> Mapping[str, Any]:
     """
     The self-test's report of the release in *folder*, as `run --json` prints it.
 
-    SelfTestError if answers differ or the runtime dies of it; BadFile, DeviceError, ... as run.
+    SelfTestError if answers differ or the runtime dies of it, DeviceError if the process ended
+    otherwise; what the bundle or its policy has wrong as `run` tells it.
     """
     place = f"release {folder.name}"
     code = "import sys; from edgeexit.agent import delivery; delivery._child(sys.argv[1])"
@@ -300,12 +305,21 @@ def check(folder: Path) -> Mapping[str, Any]:
     if "error" in said:
         kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
         raise kinds.get(said["exit_code"], DeviceError)(said["error"], hint=said["hint"])
-    if not said:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"code {done.returncode}"
+    if not said and -done.returncode in _CRASHES:
+        how = signal.Signals(-done.returncode).name
         raise SelfTestError(f"{place}: the runtime dies of the self-test ({how})", hint=_OTHER)
+    if not said:
+        # Killed because memory ran out, or broken by what is installed: not the release's fault.
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no word"]
+        raise DeviceError(
+            f"{place}: the self-test ended with code {done.returncode}: {printable(lines[-1])}",
+            hint="enough memory? edgeexit doctor on the board tells more",
+        )
     return said
 
 
+# How a model that the runtime cannot take ends the process.
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 _OTHER = "another version of the runtime? edgeexit doctor on the board tells more"
 
 
