@@ -17,6 +17,7 @@ sys.path.insert(0, str(arm.CHECKOUT / "bench" / "arm"))
 import cost
 import machine
 from cost import BUDGET, CPUS, CUTTING, NETS, PAIRS, UNCUT, OverBudget
+from root import CannotBuild
 
 from edgeexit.blocks import CLEAN, EMULATED
 from edgeexit.bundle import load_bundle
@@ -316,6 +317,16 @@ def test_the_first_file_system_is_an_archive_that_the_kernel_reads(tmp_path: Pat
     assert files["init"][1].startswith(b"#!/bin/busybox sh")
     assert files["modules/order"][1] == b"virtio_blk.ko"
     assert files["dev/console"][0] == 0o20600
+
+
+def test_without_qemu_no_machine_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "QEMU", "qemu-that-is-not-there")
+
+    with pytest.raises(CannotBuild, match="qemu-that-is-not-there is missing") as error:
+        machine.Machine(SLOW, tmp_path / "board")
+
+    assert "qemu-system-arm" in str(error.value.hint)
+    assert not (tmp_path / "board").exists()
 
 
 def counted(nets: Path, cpu: str, folder: Path) -> dict[str, dict[str, dict[str, int]]]:

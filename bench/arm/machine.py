@@ -118,6 +118,8 @@ class Machine:
     ) -> None:
         self.cpu, self.folder, self.ready, self.counting = cpu, folder, ready, counting
         self.log = folder / "console.log"
+        if shutil.which(QEMU) is None:
+            raise CannotBuild(f"{QEMU} is missing", hint="apt-get install qemu-system-arm")
         self._kernel, self._disk = kernel(), disk(ready=ready)
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -164,6 +166,7 @@ class Machine:
             keygen(keys / name)
         with tempfile.TemporaryDirectory(dir=self.folder) as made:
             files = Path(made)
+            files.chmod(0o755)  # sshd reads the client's key as the user who logs in
             shutil.copy(keys / "host", files / "host")
             shutil.copy(keys / "client.pub", files / "client.pub")
             path = [f"SetEnv PYTHONPATH=/{SITE}\n"] if self.ready else []
@@ -199,7 +202,7 @@ class Machine:
         image = self.folder / "files.img"
         make_image(files, image)
         argv = [
-            # Killed with us, however we end.
+            # Killed with the thread that started it, however that ends.
             *("setpriv", "--pdeathsig", "KILL", QEMU, "-M", "virt", "-cpu", self.cpu),
             *(counting if self.counting else quick),
             *("-m", str(_MEMORY_MB), "-display", "none", "-monitor", "none", "-no-reboot"),
@@ -216,12 +219,7 @@ class Machine:
             hold(cache() / "machine.lock", "the virtual machine", wait=True),
             (self.folder / "qemu.log").open("w") as said,
         ):
-            try:
-                qemu = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-            except FileNotFoundError as error:
-                raise CannotBuild(
-                    f"{error.filename} is missing", hint="apt-get install qemu-system-arm"
-                ) from error
+            qemu = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
             try:
                 yield qemu
             finally:
