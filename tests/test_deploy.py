@@ -231,7 +231,7 @@ def test_ctrl_c_in_the_selftest_of_this_machine_is_no_failed_selftest(
         (["--here", "--host", "pi0"], "--here is this machine"),
         (["--status", "--force", "--here"], "--status only looks"),
         (["--host", "a@b", "--max-failures", "some"], "'some': expected a count"),
-        (["--app", "../x", "--here"], "not a name that a folder can have"),
+        (["--app", "../x", "--host", "pi0"], "not a name that a folder can have"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(

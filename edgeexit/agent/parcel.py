@@ -13,6 +13,7 @@ from typing import Any
 from edgeexit import __version__
 from edgeexit.errors import UsageError
 from edgeexit.manifest import Manifest
+from edgeexit.releases import Releases, board_home
 
 POLICY = "policies/{}.json"
 
@@ -55,6 +56,8 @@ def pack(path: Path, app: str | None = None) -> Parcel:
     """
     from edgeexit.bundle import MANIFEST, load_bundle
 
+    name = path.resolve().stem if app is None else app
+    Releases(board_home(), name)  # refuses what no board could call it
     bundle = load_bundle(path)
     devices = tuple(bundle.policy_devices())
     for device in devices:
@@ -68,4 +71,4 @@ def pack(path: Path, app: str | None = None) -> Parcel:
             f"{path}: {strange[0]} belongs to no bundle",
             hint="boards get every file of the folder: move this one out of it",
         )
-    return Parcel(path=path, app=app or path.resolve().stem, manifest=manifest, devices=devices)
+    return Parcel(path=path, app=name, manifest=manifest, devices=devices)
