@@ -149,6 +149,10 @@ class Manifest:
             if name not in missing or entry.is_dir(follow_symlinks=False) != (name not in expected):
                 raise BadFile(f"{path}: {printable(name)} does not belong there", hint=hint)
             missing.remove(name)
+            # Lengths first: what was blown up to gigabytes need not be read.
+            size_bytes = entry.stat(follow_symlinks=False).st_size
+            if name in expected and size_bytes != expected[name].size_bytes:
+                raise BadFile(f"{path}: {name} was altered", hint=hint)
         if missing:
             raise BadFile(f"{path}: {min(missing)} is missing", hint=hint)
         for name, wanted in expected.items():

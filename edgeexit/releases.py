@@ -177,6 +177,7 @@ class Releases:
         refused from then on, unless *force*, which also tries the current one again. UsageError
         if it is not installed.
         """
+        self._require()
         with self._repaired() as state:
             links = self._shelf.links()
             folder = self._sound(release, state)

@@ -24,6 +24,7 @@ from edgeexit.intents import Links, State, is_release
 from edgeexit.manifest import RECORD, Manifest
 
 _MAX_STATE_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 1 << 20
 
 
 class Shelf:
@@ -82,7 +83,8 @@ class Shelf:
     def _manifest(self, name: str) -> Manifest:
         path = self.release(name) / RECORD
         try:
-            found = Manifest.from_document(parse_json(read_bytes(path), str(path)))
+            data = read_bytes(path, limit_bytes=_MAX_RECORD_BYTES)
+            found = Manifest.from_document(parse_json(data, str(path)))
         except UsageError as error:
             raise BadFile(f"{path}: missing", hint="deploy it again") from error
         if found.id != name:

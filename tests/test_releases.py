@@ -342,6 +342,9 @@ def test_there_must_be_something_to_go_back_to(desk: Desk) -> None:
 
 
 def test_what_is_not_installed_is_not_activated(desk: Desk) -> None:
+    with pytest.raises(UsageError, match="no app on this board"):
+        desk.board.activate(A, passes)
+    assert not desk.home.exists()
     desk.deploy("a")
 
     with pytest.raises(UsageError, match="no release of app named"):
@@ -517,7 +520,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
     return {
         "byte": byte,
         "cut": lambda folder: os.truncate(folder / "model.tflite", 10),
-        "grown": lambda folder: os.truncate(folder / "model.tflite", 9999),
+        "grown": lambda folder: os.truncate(folder / "model.tflite", 1 << 40),
         "missing": lambda folder: (folder / "policies/rpi4.json").unlink(),
         "extra": lambda folder: (folder / "sitecustomize.py").write_text("boom"),
         "hidden": lambda folder: (folder / ".hidden").write_text("x"),
@@ -526,6 +529,7 @@ def damages() -> dict[str, Callable[[Path], object]]:
         "pipe": pipe,
         "record": lambda folder: (folder / RECORD).write_text("{}"),
         "no record": lambda folder: (folder / RECORD).unlink(),
+        "long record": lambda folder: os.truncate(folder / RECORD, 1 << 30),
         "garbage": lambda folder: (folder / RECORD).write_bytes(b"\xff\0"),
         "forged": listed,
         "gone": shutil.rmtree,
