@@ -201,6 +201,16 @@ def test_boards_are_chosen_by_name_label_or_address_each_once(tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("text", ["pi@raspberrypi.local", "pi@raspberrypi.local:22"])
+def test_the_address_of_a_known_board_is_that_board_with_its_pinned_key(
+    tmp_path: Path, text: str
+) -> None:
+    hosts = written(tmp_path, GOOD)
+
+    assert chosen([text], [], hosts) == [hosts.find("rpi4")]
+    assert chosen(["root@raspberrypi.local"], [], hosts)[0].host_key is None
+
+
 @pytest.mark.parametrize(
     ("names", "labels", "hint"),
     [

@@ -72,7 +72,7 @@ def _key_blob(host_key: str) -> bytes:
     except (binascii.Error, ValueError, struct.error):
         raise ValueError("expected an algorithm and base64") from None
     if blob[4 : 4 + length] != algorithm.encode() or len(blob) <= 4 + length:
-        raise ValueError(f"is no {algorithm[:40]} key")
+        raise ValueError("the algorithm and the key do not fit together")
     return blob
 
 
@@ -89,7 +89,7 @@ def parse_address(text: str) -> tuple[str | None, str, int | None]:
     except ValueError:
         port = 0
     host = Host(name="host", address=address, user=user or None, port=port)
-    checked(host, where=f"{text[:80]!r}: ")
+    checked(host)
     return host.user, host.address, host.port
 
 
@@ -104,7 +104,9 @@ def checked(host: Host, refuse: Callable[[str], Exception] = UsageError, where: 
     ]
     for what, text, rule in rules:
         if text is not None and not rule.fullmatch(text):
-            raise refuse(f"{where}{what}: {text[:80]!r} is no {_WORDS[what]}")
+            # pi:raspberry@... would put a password on the screen and into logs.
+            shown = "this" if what == "user" else repr(text[:80])
+            raise refuse(f"{where}{what}: {shown} is no {_WORDS[what]}")
     if host.port is not None and not 0 < host.port < 65536:
         raise refuse(f"{where}port: expected 1 to 65535")
     if host.host_key is not None:
@@ -233,10 +235,11 @@ def chosen(names: Sequence[str], labels: Sequence[str], hosts: Hosts | None = No
     """
     The boards called *names* and those that carry any of *labels*, each once.
 
-    A name may be "user@host[:port]", which need not be in *hosts* (default: Hosts.read()).
+    A name may be "user@host[:port]", which need not be in *hosts* (default: Hosts.read()); the
+    key that is pinned there for this very address counts all the same.
     """
     hosts = hosts or Hosts.read()
-    found = [_ad_hoc(name) if "@" in name else hosts.find(name) for name in names]
+    found = [_ad_hoc(name, hosts) if "@" in name else hosts.find(name) for name in names]
     if labels:
         found += hosts.labelled(labels)
     if not found:
@@ -244,6 +247,9 @@ def chosen(names: Sequence[str], labels: Sequence[str], hosts: Hosts | None = No
     return list({host.name: host for host in found}.values())
 
 
-def _ad_hoc(text: str) -> Host:
+def _ad_hoc(text: str, hosts: Hosts) -> Host:
     user, address, port = parse_address(text)
+    for host in hosts.all:
+        if (host.user, host.address, host.port or 22) == (user, address, port or 22):
+            return host
     return Host(name=text, address=address, user=user, port=port)

@@ -142,11 +142,20 @@ async def _resolved(host: Host) -> asyncssh.SSHClientConnectionOptions:
         wanted["username"] = host.user
     if host.port:
         wanted["port"] = host.port
+    wanted |= {"host": host.address, **_KEEPALIVE, **_PLAIN}
     found: asyncssh.SSHClientConnectionOptions
+    construct = asyncssh.SSHClientConnectionOptions.construct
     try:
-        found = await asyncssh.SSHClientConnectionOptions.construct(
-            None, host=host.address, **wanted, **_KEEPALIVE, **_PLAIN
-        )
+        found = await construct(None, **wanted, client_keys=None)
+        # Like OpenSSH, and unlike asyncssh: a key file that is not there is left out.
+        names = found.config.get("IdentityFile", [])
+        assert isinstance(names, list)
+        there = [path for path in (Path(name).expanduser() for name in names) if path.is_file()]
+        if there:
+            wanted |= {"client_keys": there, "ignore_encrypted": True}
+        elif names:
+            wanted |= {"client_keys": []}
+        found = await construct(None, **wanted)
     except (asyncssh.Error, OSError, ValueError) as error:
         # Unreadable lines and keys of the configuration; the texts hold no key material.
         raise BadFile(
