@@ -339,12 +339,58 @@ def test_a_finished_profile_waits_on_the_board_until_it_is_fetched(
     assert results(board) == []
 
 
-def test_ctrl_c_stops_the_board_and_resume_goes_on(
-    folder: Path, boards: Make, capsys: pytest.CaptureFixture[str]
+@pytest.mark.slow
+def test_a_board_whose_storage_is_full_says_so_and_goes_on_when_there_is_room(
+    folder: Path, boards: Make
 ) -> None:
     board = install(boards())
-    Hosts.read().add(host_of(board))
-    command = [sys.executable, "-m", "edgeexit", "profile", "--host", "pi", "--precision", "0.1%"]
+    program = board.home / "env" / "1" / "bin" / "edgeexit"
+    sound = program.read_text()
+    program.write_text(sound.replace("exec", "ulimit -f 29; exec", 1))
+    more = Limits(processes=20, precision=0.5, time_cap_s=20.0)
+    with pytest.raises(StorageError, match=r"pi: .*File too large"):
+        measure(host_of(board), limits=more)
+    seen = rounds(board)
+    assert len(seen) > 4
+    program.write_text(sound)
+    profile = measure(host_of(board), resume=True)
+    blocks = [block.to_document() for process in profile.processes for block in process.blocks]
+    assert blocks[: sum(map(len, map(blocks_of, seen)))] == [b for s in seen for b in blocks_of(s)]
+
+
+@pytest.mark.slow
+def test_a_board_behind_a_link_that_stands_still_finishes_and_keeps_the_profile(
+    folder: Path, boards: Make
+) -> None:
+    board = install(boards())
+
+    def stall(_: Progress) -> None:
+        link.stall_after = link.stall_after or link.count
+
+    with FaultyLink(board.port) as link:
+        with pytest.raises(LinkLost):
+            measure(host_of(board, port=link.port), on_step=stall)
+        deadline = time.monotonic() + 120
+        while not list((board.home / "results").glob("*/profile.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        steps: list[Progress] = []
+        # The link that the board still believes in locks nobody out.
+        measure(host_of(board), resume=True, on_step=steps.append)
+    assert not steps
+    assert results(board) == []
+
+
+def test_ctrl_c_stops_the_board_and_resume_goes_on(
+    folder: Path, boards: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("mine.toml").write_text(
+        'format = 2\nname = "mine"\ntitle = "Mine"\nmodels = ["Fruit 7 *"]\n'
+    )
+    board = install(boards(), **replayed(tmp_path / "tree", "Fruit 7 Rev 1"))
+    Hosts.read().add(host_of(board, device="mine"))
+    options = ["profile", "--device", "mine.toml"]
+    command = [sys.executable, "-m", "edgeexit", *options, "--precision", "0.1%"]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not rounds(board):
@@ -360,9 +406,9 @@ def test_ctrl_c_stops_the_board_and_resume_goes_on(
     assert idle(board)
 
     # Another measurement is another folder; the same one says what there is.
-    assert cli.entry(["profile", "--host", "pi", "--resume", "--threads", "2"]) == 2
+    assert cli.entry([*options, "--resume", "--threads", "2"]) == 2
     assert "no unfinished measurement with these options" in capsys.readouterr().err
-    assert cli.entry(["profile", "--host", "pi"]) == 2
+    assert cli.entry(options) == 2
     assert "a measurement that was not finished" in capsys.readouterr().err
     assert rounds(board)
 
