@@ -87,6 +87,12 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Here:
     return Here(tmp_path / "board")
 
 
+@pytest.fixture
+def untested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the self-test's process where it is not what is looked at."""
+    monkeypatch.setattr(delivery, "check", lambda folder: {"selftest": "spared"})
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return small_bundle(tmp_path_factory.mktemp("made"))
@@ -146,6 +152,7 @@ def test_what_is_missing_is_needed_once_and_the_second_time_nothing_changes(
     assert not silent.needs and not silent.steps
 
 
+@pytest.mark.usefixtures("untested")
 def test_only_the_files_that_differ_are_needed_for_the_next_release(
     board: Here, bundle: Bundle
 ) -> None:
@@ -231,6 +238,7 @@ def test_a_selftest_that_never_ends_is_ended(
         board.deploy(pack(bundle.path))
 
 
+@pytest.mark.usefixtures("untested")
 def test_while_one_deploys_the_other_is_busy_and_asks_for_nothing(
     board: Here, bundle: Bundle
 ) -> None:
@@ -245,6 +253,7 @@ def test_while_one_deploys_the_other_is_busy_and_asks_for_nothing(
     assert not talk.needs
 
 
+@pytest.mark.usefixtures("untested")
 def test_whoever_only_looks_at_the_releases_makes_no_deploy_fail(
     board: Here, bundle: Bundle
 ) -> None:
@@ -263,6 +272,7 @@ def test_whoever_only_looks_at_the_releases_makes_no_deploy_fail(
 
 
 @pytest.mark.parametrize("end", [KeyboardInterrupt(), DeviceError("the link is gone")])
+@pytest.mark.usefixtures("untested")
 def test_an_upload_that_ends_early_leaves_the_board_free_and_as_it_was(
     board: Here, bundle: Bundle, end: BaseException
 ) -> None:
@@ -276,6 +286,7 @@ def test_an_upload_that_ends_early_leaves_the_board_free_and_as_it_was(
     assert board.deploy(parcel)[0]["changed"]
 
 
+@pytest.mark.usefixtures("untested")
 def test_a_laptop_that_fell_asleep_does_not_keep_the_board_busy(
     board: Here, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +363,7 @@ def test_what_is_odd_but_no_obstacle_is_a_warning(board: Here, bundle: Bundle) -
     assert clock.startswith("the clock is ") and clock.endswith(" h ahead")
 
 
+@pytest.mark.usefixtures("untested")
 def test_old_releases_that_cannot_be_removed_do_not_undo_a_deploy(
     board: Here, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,6 +377,7 @@ def test_old_releases_that_cannot_be_removed_do_not_undo_a_deploy(
     assert "old releases stay: 7: cannot write" in found["warnings"][-1]
 
 
+@pytest.mark.usefixtures("untested")
 def test_a_dry_run_tells_and_writes_nothing(board: Here, bundle: Bundle) -> None:
     parcel = pack(bundle.path)
     assert board.deploy(parcel, dry_run=True)[0]["changed"]
@@ -404,6 +417,7 @@ def test_a_hostile_order_is_refused(
 # ---------------------------------------------------------------- the others
 
 
+@pytest.mark.usefixtures("untested")
 def test_rollback_swaps_the_two_and_an_unknown_application_is_named(
     board: Here, bundle: Bundle
 ) -> None:
@@ -421,6 +435,7 @@ def test_rollback_swaps_the_two_and_an_unknown_application_is_named(
     assert caught.value.hint == "did you mean 'small'?"
 
 
+@pytest.mark.usefixtures("untested")
 def test_status_tells_every_application_and_writes_nothing_on_an_empty_board(
     board: Here, bundle: Bundle
 ) -> None:
@@ -438,6 +453,7 @@ def test_status_tells_every_application_and_writes_nothing_on_an_empty_board(
     assert board.ask(delivery.status, app="three")["apps"] == []
 
 
+@pytest.mark.usefixtures("untested")
 def test_the_process_that_holds_the_lock_loads_no_numpy(board: Here, bundle: Bundle) -> None:
     """A board would otherwise pay for it twice: the self-test has a process of its own."""
     parcel = pack(bundle.path)
