@@ -172,6 +172,7 @@ def test_the_host_side_knows_nothing_of_the_command_line(room: str) -> None:
 # Extras: one room each may import one, and only when it is used.
 EXTRAS = {
     "plot": {"matplotlib"},
+    "remote.broken": {"asyncssh"},
     "remote.hosts": {"tomlkit"},
     "remote.onboard": {"installer"},
     "remote.link": {"asyncssh"},

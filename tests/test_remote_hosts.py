@@ -102,6 +102,7 @@ def test_the_first_board_makes_the_file(tmp_path: Path) -> None:
     Hosts.read(tmp_path / "new" / "hosts.toml").add(board)
 
     assert Hosts.read(tmp_path / "new" / "hosts.toml").all == (board,)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["hosts.toml"]
 
 
 def test_what_another_command_added_meanwhile_stays(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_a_board_is_added_with_its_fingerprint_listed_checked_and_removed(
     assert (entry["name"], entry["fingerprint"], entry["labels"]) == ("pi", shown, ["lab"])
     assert checked[0] == 0
     (row,) = json.loads(checked[1])["boards"]
-    assert (row["status"], row["facts"]["key"]) == ("unchanged", "pinned")
+    assert (row["status"], row["facts"]["key"]) == ("done", "pinned")
     assert row["facts"]["python"].startswith("3.")
     assert row["facts"]["edgeexit"] is None
     assert "edgeexit setup pi" in checked[2]
@@ -412,7 +413,7 @@ def test_a_board_with_edgeexit_says_what_it_is(
     code, out, err = typed(capfd, "hosts", "check", "--json")
 
     (row,) = json.loads(out)["boards"]
-    assert (code, row["status"]) == (0, "unchanged")
+    assert (code, row["status"]) == (0, "done")
     assert row["facts"]["edgeexit"] == edgeexit.__version__
     assert row["facts"]["device"] == "host"
     assert "hosts.toml calls it a rpi4, it is a host" in err
@@ -429,5 +430,5 @@ def test_of_several_boards_the_broken_one_is_named_and_the_others_answer(
 
     assert code == 5
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines()}
-    assert rows == {"good": "unchanged", "gone": "failed"}
+    assert rows == {"good": "done", "gone": "failed"}
     assert "Hint: gone" in err

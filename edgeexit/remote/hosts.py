@@ -203,7 +203,8 @@ class Hosts:
         from tomlkit.exceptions import TOMLKitError
 
         # The file is read again under the lock: another command may have added a board.
-        with hold(self.path.with_name(f".{self.path.name}.lock"), str(self.path), wait=True):
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        with hold(lock, str(self.path), wait=True):
             Hosts.read(self.path)
             try:
                 text = read_bytes(self.path).decode() if self.path.exists() else ""
@@ -216,6 +217,7 @@ class Hosts:
             except TOMLKitError as error:
                 raise BadFile(f"{self.path}: cannot be changed: {error}") from error
             write_file(self.path, data, mode=0o600)
+            lock.unlink(missing_ok=True)
         return Hosts.read(self.path)
 
 

@@ -17,8 +17,9 @@ import asyncssh
 
 from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, UsageError, printable
 from edgeexit.files import Table
+from edgeexit.remote.broken import LinkLost, translated
 from edgeexit.remote.hosts import Host
-from edgeexit.remote.login import LinkLost, opened, translated
+from edgeexit.remote.login import opened
 from edgeexit.remote.talk import Talk, last_line, talk
 
 __all__ = ["Done", "Item", "Link", "LinkLost", "Uploaded", "connect"]

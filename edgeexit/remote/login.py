@@ -1,9 +1,9 @@
 """
 A connection to a board whose host key was checked, or the reason why there is none.
 
-Callers see opened, offered_key and translated. Hidden here: the user's and the system's ssh
-configuration, known_hosts, agent and jump hosts (the key of each jump is checked, too); no key is
-ever trusted silently, whatever the configuration says. asyncssh's exceptions become ours here.
+Callers see opened and offered_key. Hidden here: the user's and the system's ssh configuration,
+known_hosts, agent and jump hosts (the key of each jump is checked, too); no key is ever trusted
+silently, whatever the configuration says.
 """
 
 import asyncio
@@ -16,7 +16,8 @@ from typing import Any
 
 import asyncssh
 
-from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, UsageError, printable
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, UsageError, printable
+from edgeexit.remote.broken import told
 from edgeexit.remote.hosts import Host, fingerprint, parse_address
 
 # Three unanswered questions five seconds apart: a link that says nothing for 15 s is dead.
@@ -33,11 +34,6 @@ _KINDS = (
 )
 _MAX_JUMPS = 8
 _CLOSING_S = 3.0
-_SHOWN = 200
-
-
-class LinkLost(DeviceError):
-    """The link to a board ended before the work did; what the board has stays there."""
 
 
 class _Client(asyncssh.SSHClient):
@@ -159,7 +155,7 @@ async def _resolved(host: Host) -> asyncssh.SSHClientConnectionOptions:
     except (asyncssh.Error, OSError, ValueError) as error:
         # Unreadable lines and keys of the configuration; the texts hold no key material.
         raise BadFile(
-            f"{host.name}: ssh configuration: {_text(error)}",
+            f"{host.name}: ssh configuration: {told(error)}",
             hint="ssh -G HOST shows what OpenSSH makes of ~/.ssh/config",
         ) from error
     return found
@@ -237,7 +233,7 @@ class _Attempt:
             text = "\n".join(path.read_text() for path in files if path.is_file())
             return asyncssh.import_known_hosts(text)
         except (OSError, ValueError) as error:
-            raise BadFile(f"{self._host.name}: known_hosts: {_text(error)}") from error
+            raise BadFile(f"{self._host.name}: known_hosts: {told(error)}") from error
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -248,7 +244,7 @@ class _Attempt:
         except (OSError, asyncssh.Error) as error:
             raise self._refusal(error) from error
         except ValueError as error:
-            raise DeviceError(f"{self._host.name}: {_text(error)}") from error
+            raise DeviceError(f"{self._host.name}: {told(error)}") from error
 
     def _refusal(self, error: Exception) -> EdgeExitError:
         host = self._host
@@ -259,14 +255,14 @@ class _Attempt:
         for kind, fact, hint in _REASONS:
             if isinstance(error, kind):
                 place = f"{self._options.host}:{self._options.port}"
-                detail = f" ({_text(error)})" if kind in (OSError, asyncssh.Error) else ""
+                detail = f" ({told(error)})" if kind in (OSError, asyncssh.Error) else ""
                 return DeviceError(f"{host.name}: {place} {fact}{detail}", hint=hint)
         raise error
 
     def _untrusted(self, error: Exception) -> DeviceError:
         host, shown, known = self._host, self._client.shown, self._client.known
         if shown is None:
-            return DeviceError(f"{host.name}: {_text(error)}", hint="ask who runs it for its key")
+            return DeviceError(f"{host.name}: {told(error)}", hint="ask who runs it for its key")
         if known:
             source = "hosts.toml" if host.host_key else "known_hosts"
             hint = (
@@ -349,11 +345,6 @@ def _described(key: str) -> str:
     return f"{fingerprint(key)} ({key.partition(' ')[0]})"
 
 
-def _text(error: Exception) -> str:
-    text = getattr(error, "reason", None) or str(error) or type(error).__name__
-    return printable(" ".join(str(text).split())[:_SHOWN])
-
-
 def _locked_keys(options: asyncssh.SSHClientConnectionOptions) -> list[str]:
     """The private key files that could not be used because a passphrase locks them."""
     named = options.config.get("IdentityFile") or [
@@ -379,53 +370,3 @@ async def _closed(connection: asyncssh.SSHClientConnection) -> None:
             await connection.wait_closed()
     except (TimeoutError, OSError, asyncssh.Error):
         connection.abort()
-
-
-@contextmanager
-def translated(host: Host, connection: asyncssh.SSHClientConnection, doing: str) -> Iterator[None]:
-    """Turn what asyncssh raises while *doing* something over *connection* into our errors."""
-    try:
-        yield
-    except (asyncssh.Error, OSError) as error:
-        place = f"{host.name}: {doing}"
-        for kinds, refusal, fact, hint in _BROKEN:
-            if isinstance(error, kinds) and not connection.is_closed():
-                raise refusal(f"{place}: {fact or _text(error)}", hint=hint) from error
-        raise lost(host, doing, error) from error
-
-
-def lost(host: Host, doing: str, error: Exception | None = None) -> LinkLost:
-    """The error for a link that broke while *doing* something."""
-    reason = f" ({_text(error)})" if error is not None else ""
-    return LinkLost(
-        f"{host.name}: {doing}: the link broke{reason}",
-        hint="run the same command again: it goes on where it was",
-    )
-
-
-_FULL = "free some space on the board"
-_BROKEN: tuple[tuple[Any, type[EdgeExitError], str, str | None], ...] = (
-    (
-        (asyncssh.SFTPNoSpaceOnFilesystem, asyncssh.SFTPQuotaExceeded),
-        StorageError,
-        "no space left on the board",
-        _FULL,
-    ),
-    (asyncssh.SFTPWriteProtect, StorageError, "the board's file system is read-only", None),
-    (asyncssh.SFTPPermissionDenied, StorageError, "permission denied on the board", None),
-    ((asyncssh.SFTPNoSuchFile, asyncssh.SFTPNoSuchPath), DeviceError, "no such file there", None),
-    (
-        asyncssh.SFTPBadMessage,
-        DeviceError,
-        "the answer is no sftp",
-        "does ~/.bashrc or ~/.profile on the board print something? It must not without a terminal",
-    ),
-    ((asyncssh.SFTPNoConnection, asyncssh.SFTPConnectionLost), LinkLost, "the link broke", None),
-    (asyncssh.SFTPError, DeviceError, "", None),
-    (
-        asyncssh.ChannelOpenError,
-        DeviceError,
-        "the board opens no further session",
-        "raise MaxSessions in its /etc/ssh/sshd_config",
-    ),
-)

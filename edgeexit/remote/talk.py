@@ -18,8 +18,8 @@ import asyncssh
 
 from edgeexit.errors import BadFile, DeviceError, printable
 from edgeexit.files import Table, parse_json
+from edgeexit.remote.broken import lost, translated
 from edgeexit.remote.hosts import Host
-from edgeexit.remote.login import lost, translated
 
 MAX_LINE_BYTES = 64 << 20
 MAX_BANNER_BYTES = 64 << 10

@@ -43,7 +43,7 @@ async def look_in(host: Host) -> Outcome:
                 )
         else:
             warnings.append(f"edgeexit is not installed there yet: edgeexit setup {host.name}")
-        return Outcome(facts={**facts, "warnings": warnings}, changed=False)
+        return Outcome(facts={**facts, "warnings": warnings})
 
 
 async def _python(link: Link) -> str:
