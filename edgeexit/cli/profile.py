@@ -124,8 +124,8 @@ def command(
 
     Every set of exits that could pay is cut out and timed through the call that `run` makes;
     raw values go to ./profile-DEVICE.json with a verdict: clean, or what was wrong. Leave the
-    machine alone meanwhile; its meters are meant, too. Exit code 6: not clean; 5: the board, the
-    link or the meter failed (with a meter that failed, latencies are kept).
+    machine alone meanwhile. --meter names one of the machine that is measured. Exit code 6: not
+    clean; 5: the board, the link or the meter failed (if the meter, latencies are kept).
     """
     from edgeexit import names, page, report
     from edgeexit.blocks import CLEAN, PACED, Mode
@@ -171,11 +171,12 @@ def command(
     if found.verdict.status != CLEAN:
         kinds = ", ".join(dict.fromkeys(reason.kind for reason in found.verdict.reasons))
         status = found.verdict.status
-        raise Disturbed(f"{path}: {status.upper()} ({kinds})", hint=_HINTS[status])
+        hint = _HINTS[status].format(there="" if host is None else f" --host {host.name}")
+        raise Disturbed(f"{path}: {status.upper()} ({kinds})", hint=hint)
 
 
 _HINTS = {
-    "disturbed": "edgeexit doctor tells what can be mended; then measure again",
+    "disturbed": "edgeexit doctor{there} tells what can be mended; then measure again",
     "not converged": "give it more time, such as --time-cap 300, or ask for less with --precision",
     "emulated": "measure on the board itself",
 }
@@ -216,7 +217,9 @@ def _board_for(device_name: str | None, host_name: str | None) -> "Host | None":
         kind, hosts = device.find_device(device_name), Hosts.read()
         found = [host for host in hosts.all if host.device == kind.name]
         if not found:
-            error.hint = f"edgeexit hosts add NAME USER@ADDRESS --device {kind.name}: then over ssh"
+            error.hint = (
+                f"to do it over ssh: edgeexit hosts add NAME USER@ADDRESS --device {kind.name}"
+            )
             raise
     else:
         return None
