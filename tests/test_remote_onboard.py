@@ -248,6 +248,37 @@ def test_a_damaged_environment_is_told_and_made_anew(board: Board) -> None:
     }
 
 
+def test_a_camera_board_sees_the_systems_packages_and_says_if_the_cameras_do_not_load(
+    board: Board,
+) -> None:
+    answer = board.run(board.order("1.0", sees_system=True, camera=True))
+
+    assert answer is not None
+    assert "No module named 'picamera2'" in answer["result"]["camera"]
+    config = (board.env / "current/pyvenv.cfg").read_text()
+    assert "include-system-site-packages = true" in config
+    assert board.version() == "1.0"
+
+
+@pytest.mark.parametrize("harm", ["lib", "bin/python", "lib/python*/site-packages/edgeexit/_data"])
+def test_whatever_is_missing_in_an_environment_the_answer_is_an_error_and_again_mends_it(
+    harm: str, board: Board
+) -> None:
+    order = board.order("1.0")
+    board.run(order)
+    (victim,) = (board.env / order["id"]).glob(harm)
+    shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+
+    checked = board.run({**order, "do": "check"})
+    again = board.run({**order, "again": True})
+
+    assert checked is not None
+    assert checked["error"]["exit_code"] >= 4
+    assert again is not None
+    assert again["result"]["built"]
+    assert board.version() == "1.0"
+
+
 def test_a_wheel_that_did_not_stay_as_it_came_is_refused_and_forgotten(board: Board) -> None:
     order = board.order("1.0")
     blob = board.blobs / order["wheels"][0]["sha256"]

@@ -54,6 +54,8 @@ def answer(text: str) -> str:
     except OSError as error:
         place = error.filename if isinstance(error.filename, str) else "HOME"
         said = {"message": f"{place}: {error.strerror or error}", "hint": _FULL, "exit_code": 11}
+    except Exception as error:  # an environment can be damaged in any way
+        said = {"message": f"{type(error).__name__}: {error}"[:500], "hint": None, "exit_code": 5}
     return json.dumps({"error": said})
 
 

@@ -274,10 +274,10 @@ async def take_away(host: Host, *, everything: bool, dry: bool) -> Outcome:
     with _of(host):
         async with connect(host) as link:
             board = await look(link)
-            python = next((p.path for p in board.pythons if p.version >= (3, 9, 0)), None)
+            python = next((p.path for p in board.pythons if p.version >= (3, 10, 0)), None)
             if python is None:
                 raise Unsupported(
-                    "no Python 3 on this board, which knows what is edgeexit's",
+                    "no Python 3.10 or newer on this board to remove it with",
                     hint=f"look into {board.home} and remove it by hand",
                 )
             order = {"do": "uninstall", "home": board.home, "everything": everything, "dry": dry}
