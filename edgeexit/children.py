@@ -26,11 +26,18 @@ def environment() -> dict[str, str]:
 
 
 def running(module: str) -> list[int]:
-    """The numbers of the processes on this machine that run *module* by `python -m`."""
+    """
+    The numbers of the processes on this machine that run *module* by `python -m`.
+
+    Nobody where the system does not let itself be asked: a /proc that shows no process at all.
+    """
     import psutil
 
-    return [
-        process.info["pid"]
-        for process in psutil.process_iter(["pid", "cmdline"])
-        if module in (process.info["cmdline"] or ())
-    ]
+    try:
+        return [
+            process.info["pid"]
+            for process in psutil.process_iter(["pid", "cmdline"])
+            if module in (process.info["cmdline"] or ())
+        ]
+    except (psutil.Error, OSError, IndexError):  # psutil looks at the last of all numbers
+        return []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from small import small_bundle
 
-from edgeexit import __version__, cli
+from edgeexit import __version__, children, cli
 from edgeexit.agent import MOST_LINE_BYTES, PROTOCOL, Talk, profiling
 from edgeexit.errors import EdgeExitError, StorageError
 from edgeexit.files import Table
@@ -317,6 +317,23 @@ def test_a_replayed_board_says_who_it_is_and_that_it_is_not_real(tmp_path: Path)
 
     assert (found["device"], found["model"]) == ("rpi4", "Raspberry Pi 4 Model B Rev 1.4")
     assert "EDGEEXIT_SYSROOT" in found["emulated"]
+
+
+def test_a_system_that_shows_no_processes_is_asked_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import psutil
+
+    me = subprocess.Popen([sys.executable, "-m", "timeit", "-n1", "import time; time.sleep(30)"])
+    try:
+        assert children.running("timeit") == [me.pid]
+        monkeypatch.setattr(psutil, "PROCFS_PATH", "/nowhere")
+        assert children.running("timeit") == []
+        monkeypatch.setattr(psutil._psplatform.os, "listdir", lambda path: [])
+        assert children.running("timeit") == []
+    finally:
+        me.kill()
+        me.wait()
 
 
 def test_an_order_with_unknown_words_is_refused() -> None:
