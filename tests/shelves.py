@@ -91,13 +91,19 @@ FILES = {IDS[x]: contents(x) for x in "zabc"}
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
-    """An operation on a prepared board; the links before it and after it; what is damaged there."""
+    """
+    An operation on a prepared board; the links before it and after it; what is damaged there.
+
+    *also* are links that a call which is cut short may lead to, *new* is the release brought.
+    """
 
     operation: str
     before: Links
     after: Links
     prepare: Callable[[Path, Releases], object]
     damaged: frozenset[str] = frozenset()
+    also: tuple[Links, ...] = ()
+    new: str = C
     exit_code: int = 0
     repeat: Callable[[Path, Releases], object] = field(default=lambda root, board: None)
 
@@ -147,6 +153,12 @@ def _spoilt_current(root: Path, board: Releases) -> None:
     spoil(root, B)
 
 
+def _spoilt_and_brought(root: Path, board: Releases) -> None:
+    spoil(root, B)
+    bring(root, "b")
+    _uploaded(root, board)
+
+
 class _Killed(BaseException):
     pass
 
@@ -189,6 +201,11 @@ def _deploy(root: Path, board: Releases) -> None:
     _activate(root, board)
 
 
+def _mend(root: Path, board: Releases) -> None:
+    _install(root, board)
+    board.activate(B, passes, force=True)
+
+
 def _rollback(root: Path, board: Releases) -> None:
     board.rollback()
 
@@ -218,6 +235,16 @@ SCENARIOS = {
         prepare=_spoilt_new,
         damaged=frozenset({C}),
         repeat=_install,
+    ),
+    "mend": Scenario(
+        operation="install",
+        before=AB,
+        after=AB,
+        also=(Links(current=A),),
+        new=B,
+        prepare=_spoilt_and_brought,
+        damaged=frozenset({B}),
+        repeat=_mend,
     ),
     "activate": Scenario(
         operation="activate", before=AB, after=CB, prepare=_installed, repeat=_activate
@@ -294,12 +321,12 @@ def _at_work(scenario: Scenario, root: Path, acknowledged: Sequence[str]) -> lis
     folder, wrong = root / "home" / "apps" / APP, []
     board = Releases(root / "home", APP)
     done = scenario.operation in acknowledged or "activate" in acknowledged
-    ends = [scenario.after] if done else [scenario.before, scenario.after]
+    ends = [scenario.after] if done else [scenario.before, scenario.after, *scenario.also]
     try:
         runs = board.open()
         if not is_sound(runs, runs.name):
             wrong.append(f"{runs.name} would be run, and is not whole")
-        if runs.name not in {end.current for end in ends} - scenario.damaged:
+        if runs.name not in {end.current for end in ends}:
             wrong.append(f"{runs.name} would be run")
     except UsageError as error:
         if Links() not in ends:
@@ -316,7 +343,7 @@ def _at_work(scenario: Scenario, root: Path, acknowledged: Sequence[str]) -> lis
     if folder.exists() and any((*folder.glob(".*"), *folder.glob("releases/.*"))):
         wrong.append("rubbish stays")
     if "install" in acknowledged and (
-        C not in state.releases or C not in (state.staged, links.current)
+        scenario.new not in state.releases or scenario.new not in (state.staged, links.current)
     ):
         wrong.append("the installed release is lost")
     try:

@@ -10,7 +10,7 @@ import pytest
 from shelves import SCENARIOS, Call, acknowledged, calls, copied, examine, need, process, work
 
 # In CI every so many-th system call of each operation; with --slow all of them.
-STRIDE = 16
+STRIDE = 24
 KILLED = (-9, 137)
 
 
