@@ -304,13 +304,36 @@ def test_without_a_terminal_nothing_is_trusted_and_the_line_to_type_is_told(
     board = boards()
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: PTH123, SIM115
 
-    code, _, err = typed(capfd, "hosts", "add", "pi", f"127.0.0.1:{board.port}")
+    words = ("pi", f"127.0.0.1:{board.port}", "--device", "rpi4", "--label", "lab")
+
+    code, _, err = typed(capfd, "hosts", "add", *words)
     sys.stdin.close()
 
     assert code == 2
-    line = f"edgeexit hosts add pi 127.0.0.1:{board.port} --fingerprint {fingerprint(board.key)}"
+    line = f"edgeexit hosts add {' '.join(words)} --fingerprint {fingerprint(board.key)}"
     assert line in err
     assert not hosts_file.exists()
+
+
+def test_a_key_that_ssh_knows_already_is_taken_and_another_shown_beside_it(
+    boards: Callable[..., Board],
+    hosts_file: Path,
+    laptop: Path,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    board, other = boards(), public(make_key(tmp_path / "other"))
+    known = laptop / ".ssh" / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{board.port} {other}\n")
+
+    code, text = on_a_terminal(["hosts", "add", "pi", f"127.0.0.1:{board.port}"], "n")
+    known.write_text(f"[127.0.0.1]:{board.port} {board.key}\n")
+    taken = typed(capfd, "hosts", "add", "pi", f"127.0.0.1:{board.port}")
+
+    assert code == 2
+    assert f"known_hosts has: {fingerprint(other)}" in text
+    assert taken[0] == 0
+    assert Hosts.read(hosts_file).find("pi").host_key == board.key
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2), ("", 2)])

@@ -1,7 +1,7 @@
 """`edgeexit hosts`: the boards that one may name, their pinned keys, and whether they answer."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from edgeexit.errors import DeviceError, EdgeExitError, UsageError, printable
 
 if TYPE_CHECKING:
     from edgeexit.remote.hosts import Host
+    from edgeexit.remote.login import Offered
 
 
 _ON_THE_BOARD = "ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub"
@@ -35,7 +36,7 @@ def command() -> None:
     require_remote("hosts")
 
 
-@command.command("add")
+@command.command("add", short_help="write a board down, its key confirmed")
 @click.argument("name")
 @click.argument("address", required=False, metavar="[USER@]ADDRESS[:PORT]")
 @click.option("--device", help="the kind of board: a name of `edgeexit devices`")
@@ -60,7 +61,8 @@ def add(
     edgeexit hosts add rpi4 pi@10.0.0.7:2222 --fingerprint SHA256:...   # in scripts
     edgeexit hosts add rpi4          # known already: its key (changed?), device, labels anew
 
-    The board tells its fingerprints: for key in /etc/ssh/ssh_host_*.pub; do ssh-keygen -lf $key;
+    A key that known_hosts has for that address already is taken without asking. The board tells
+    its fingerprints: for key in /etc/ssh/ssh_host_*.pub; do ssh-keygen -lf $key;
     done. An ADDRESS may also be a Host of ~/.ssh/config.
     """
     import asyncio
@@ -75,8 +77,9 @@ def add(
     known.checked(host)
     from edgeexit.remote.login import offered_key
 
-    key = asyncio.run(offered_key(host))
-    _confirm(host, key, fingerprint, address)
+    offered = asyncio.run(offered_key(host))
+    _confirm(host, offered, fingerprint, _typed(name, address, device, labels))
+    key = offered.key
     host = replace(host, host_key=key)
     found = found.add(host)
     refusal = asyncio.run(_try(host))
@@ -128,29 +131,37 @@ def _check_device(device: str | None) -> None:
         raise unknown(device, device_names(), "device")
 
 
-def _confirm(host: "Host", key: str, expected: str | None, address: str | None) -> None:
-    """UsageError or DeviceError unless *key* is the one that is pinned, expected or confirmed."""
+def _typed(name: str, address: str | None, device: str | None, labels: Sequence[str]) -> str:
+    options = [("--device", device), *(("--label", label) for label in labels)]
+    words = [f"{option} {value}" for option, value in options if value]
+    return " ".join(filter(None, ["edgeexit hosts add", name, address, *words]))
+
+
+def _confirm(host: "Host", offered: "Offered", expected: str | None, typed: str) -> None:
+    """
+    Refuse a key that is neither the expected one, nor known already, nor confirmed by the user.
+
+    UsageError if nobody can be asked or the answer is no, DeviceError if another was expected.
+    """
     from edgeexit.remote.hosts import fingerprint
 
-    shown = fingerprint(key)
+    kind, shown = offered.key.partition(" ")[0], fingerprint(offered.key)
     if expected is not None:
         if expected.rstrip("=") != shown:
             raise DeviceError(
-                f"{host.name}: its host key is {shown} ({key.partition(' ')[0]}), "
+                f"{host.name}: its host key is {shown} ({kind}), "
                 f"expected {printable(expected)}; nothing was written",
                 hint=f"look at it on the board itself: {_ON_THE_BOARD}",
             )
         return
-    if key == host.host_key:
+    if offered.key == host.host_key or (host.host_key is None and offered.key in offered.known):
         return
-    what = [
-        f"{host.name} ({host.destination}) shows the host key",
-        f"    {key.partition(' ')[0]} {shown}",
-    ]
+    what = [f"{host.name} ({host.destination}) shows the host key", f"    {kind} {shown}"]
     if host.host_key is not None:
         what.append(f"    until now: {fingerprint(host.host_key)}")
+    if offered.known:
+        what.append(f"    known_hosts has: {', '.join(map(fingerprint, offered.known))}")
     if not sys.stdin.isatty():
-        typed = " ".join(filter(None, ["edgeexit hosts add", host.name, address]))
         raise UsageError(
             f"{host.name}: its host key {shown} is not confirmed, and there is no terminal to ask",
             hint=f"if that is its fingerprint: {typed} --fingerprint {shown}",
@@ -172,7 +183,7 @@ async def _try(host: "Host") -> EdgeExitError | None:
         return error
 
 
-@command.command("list")
+@command.command("list", short_help="list the boards, connect to none")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 def list_hosts(as_json: bool) -> None:
     """List the boards of hosts.toml; nothing is connected to."""
@@ -211,7 +222,7 @@ def list_hosts(as_json: bool) -> None:
     click.echo(text_table(("name", "ssh", "device", "labels", "host key"), rows))
 
 
-@command.command("check")
+@command.command("check", short_help="see whether boards answer")
 @click.argument("names", nargs=-1, metavar="[NAME|USER@ADDRESS]...")
 @click.option("--label", "labels", multiple=True, help="all boards with it; again for more")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document")
@@ -242,7 +253,7 @@ def _told(facts: Mapping[str, Any]) -> str:
     )
 
 
-@command.command("remove")
+@command.command("remove", short_help="forget boards and their keys")
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 def remove(names: tuple[str, ...]) -> None:
     """Take boards out of hosts.toml, and with them the trust in their keys."""

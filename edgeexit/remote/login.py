@@ -11,6 +11,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     return record.msg != "socket.send() raised exception."
 
 
-async def offered_key(host: Host, *, timeout_s: float = 15.0) -> str:
-    """The key "ALGORITHM BASE64" that *host* shows, which nobody has trusted yet."""
+@dataclass(frozen=True)
+class Offered:
+    """A server's host key, and the keys that known_hosts has for it, each "ALGORITHM BASE64"."""
+
+    key: str
+    known: tuple[str, ...]
+
+
+async def offered_key(host: Host, *, timeout_s: float = 15.0) -> Offered:
+    """The key that *host* shows, which nobody has trusted yet, beside what known_hosts has."""
     async with AsyncExitStack() as stack:
         try:
             async with asyncio.timeout(timeout_s):
-                attempt = await _prepared(host, stack)
+                # What is pinned is told by the caller: known_hosts is the other witness.
+                attempt = await _prepared(replace(host, host_key=None), stack)
                 return await attempt.offered()
         except TimeoutError:
             raise DeviceError(
@@ -178,9 +188,7 @@ class _Attempt:
     async def connected(self, stack: AsyncExitStack) -> asyncssh.SSHClientConnection:
         """The checked connection, which *stack* will close."""
         with self._explained():
-            first: dict[str, Any] = {}
-            if algorithms := self._algorithms():
-                first["server_host_key_algs"] = algorithms
+            first = self._first()
             connection, _ = await asyncssh.create_connection(
                 lambda: self._client,
                 self._host.address,
@@ -192,17 +200,19 @@ class _Attempt:
         stack.push_async_callback(_closed, connection)
         return connection
 
-    async def offered(self) -> str:
-        """The key that the server shows, unchecked."""
+    async def offered(self) -> Offered:
+        """The key that the server shows, unchecked; of the kind that known_hosts has, if any."""
         with self._explained():
+            first = self._first()
             key = await asyncssh.get_server_host_key(
                 self._host.address,
                 self._options.port,
                 options=self._options,
                 tunnel=self._tunnel,
+                **first,
             )
         assert key is not None
-        return public_text(key)
+        return Offered(public_text(key), tuple(self._client.known))
 
     def _trusted(self, name: str, address: str, port: int | None) -> Any:
         """asyncssh asks: keys, authorities and revoked keys that are known for this server."""
@@ -214,15 +224,15 @@ class _Attempt:
         self._client.known = [public_text(key) for key in keys]
         return keys, authorities, revoked
 
-    def _algorithms(self) -> list[str]:
+    def _first(self) -> dict[str, Any]:
         # The kind of key that is known comes first: the server has keys of several kinds.
         name = self._options.host_key_alias or self._options.host
         port = self._options.port
         keys, authorities, _ = self._trusted(name, "", port if port != 22 else None)
-        if authorities:
-            return []
-        first = [kind.decode() for key in keys for kind in key.sig_algorithms]
-        return list(dict.fromkeys([*first, *_KINDS])) if first else []
+        if authorities or not keys:
+            return {}
+        kinds = [kind.decode() for key in keys for kind in key.sig_algorithms]
+        return {"server_host_key_algs": list(dict.fromkeys([*kinds, *_KINDS]))}
 
     def _known_hosts(self) -> asyncssh.SSHKnownHosts:
         # `UserKnownHostsFile none` means to asyncssh "trust anybody": here it means no file.
