@@ -70,7 +70,7 @@ def command(
     edgeexit run clip.mp4                 # every frame of a video
     edgeexit run watch:incoming/          # pictures that come into a folder from now on
     edgeexit run replay:photos/,fps=30    # a folder, array file or video as if it were a camera
-    edgeexit run my_sensor:Source         # module:attribute, see docs/extending.md
+    edgeexit run my_sensor:Source         # module:attribute of a package, see docs/formats.md
 
     A bad input is reported and the others go on; the exit code is then the first one's (3 for
     a bad file). A summary goes to stderr at the end and on SIGUSR1. A frame is a 4-byte

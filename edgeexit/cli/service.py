@@ -28,7 +28,7 @@ def command() -> None:
 
     \b
     sudo edgeexit service install camera:
-    edgeexit service install --user-unit --app fashion watch:incoming/
+    edgeexit service install --user-unit --app fashion watch:/srv/incoming
     edgeexit service show camera: -- --rate 5       # the unit's text, nothing is installed
     edgeexit service status
     sudo edgeexit service uninstall
@@ -69,8 +69,8 @@ def install(host: str | None, no_start: bool, **making: Any) -> None:
     """
     Install the service for a live SOURCE; what follows -- are options of `run`.
 
-    Installing again replaces it. The service shows and logs only changes of the class, unless
-    you say otherwise: a card wears out by being written to.
+    Installing again replaces it. The service shows and logs changes of the class alone: a card
+    wears out by being written to.
     """
     if host is not None:
         _remotely(host, ["install", *_words(making, no_start)], making["user_unit"])
