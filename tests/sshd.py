@@ -6,8 +6,10 @@ ordinary user of that name, who exists for this server alone (a private /etc/pas
 reach its processes, permissions hold, and its home folder takes a .bashrc.
 """
 
+import contextlib
 import getpass
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -39,9 +41,12 @@ def public(key: Path) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that no outgoing connection gets as its own."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _answers(port: int) -> bool:
@@ -134,6 +139,7 @@ class Board:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
             time.sleep(0.02)
+        assert self.process.poll() is None, self.log
         return self
 
     def _alone(self, command: list[str]) -> list[str]:

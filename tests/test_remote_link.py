@@ -582,6 +582,7 @@ BROKEN = {
     "its last word": ("read order; echo it is broken >&2; exit 1", "it is broken"),
     "only a head": (speaking(), "without an answer"),
     "no JSON": (speaking("Traceback"), "expected a line of JSON"),
+    "a need that nobody expects": (speaking({"need": {}}), "asks for what nobody brings"),
     "half a line": (speaking('{"result": {"a'), "expected a line of JSON"),
     "a list": (speaking("[1]"), "expected a line of JSON"),
     "deep": (speaking("[" * 100_000), "expected a line of JSON"),

@@ -169,7 +169,9 @@ class Link:
                     raise self._refused(_part(said, "error"))
                 if "progress" in said and on_progress is not None:
                     on_progress(_part(said, "progress"))
-                if "need" in said and on_need is not None:
+                if "need" in said:
+                    if on_need is None:
+                        raise DeviceError(f"{process.place}: asks for what nobody brings")
                     await process.say(await on_need(_part(said, "need")))
             raise await self._silent(process)
 
