@@ -20,6 +20,8 @@ SMALL = (
     *("resnet8", "resnet20", "resnet32", "resnet44", "resnet56"),
     *("mobilenet", "vit", "dscnn", "conv1d"),
 )
+# They carry what others make and decide nothing about it.
+PLUMBING = {"", "children", "errors", "files", "locks", "names"}
 LARGE = ("mobilenet-224", "resnet18-224")
 
 
@@ -51,13 +53,13 @@ def nets(names: Sequence[str]) -> Path:
 def _converter() -> str:
     """A digest of all that decides what a converted net is."""
     known = modules()
-    reached, waiting = set(), {"host.convert", "host.zoo", "host.checkpoint", "recut"}
+    reached: set[str] = set()
+    waiting = {"host.convert", "host.zoo", "host.checkpoint", "recut"}
     while waiting:
         reached |= waiting
         named = {name.removeprefix("edgeexit.") for m in waiting for name in imports(known[m])}
-        waiting = (
-            {name for name in named | {n.rpartition(".")[0] for n in named}} & set(known)
-        ) - reached
+        named |= {name.rpartition(".")[0] for name in named}
+        waiting = (named & set(known)) - reached - PLUMBING
     sources = [known[name] for name in sorted(reached)]
     sources += [Path(__file__).with_name("arm_nets.py"), CHECKOUT / "bench/nets.py"]
     sources += [CHECKOUT / "requirements.lock", CHECKOUT / "calibration/fashion-mnist/set.toml"]

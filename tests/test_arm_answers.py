@@ -19,9 +19,8 @@ import numpy as np
 import pytest
 from board import Board
 
-from edgeexit.bundle import Bundle, load_bundle
+from edgeexit.bundle import load_bundle
 from edgeexit.cli import entry
-from edgeexit.policy import Policy
 from edgeexit.runtime import Runner
 from edgeexit.samples import find_set
 
@@ -40,18 +39,6 @@ def samples_of(bundle: Path, folder: Path) -> str:
         stored = folder / "fashion.npy"
         np.save(stored, find_set("fashion-mnist").split("certificate").samples[:50])
     return str(stored)
-
-
-def policy_for(bundle: Bundle, samples: np.ndarray) -> Policy:
-    """Of the samples that get to an exit about half leave there."""
-    found = answers.answers(str(bundle.path), samples, None)["read"][0, :-1, :, 1]
-    return Policy(
-        device="any",
-        bundle_digest=bundle.digest,
-        measure=next(iter(answers.MEASURES)),
-        exits=bundle.exits,
-        thresholds=tuple(float(np.median(row)) for row in found),
-    )
 
 
 @dataclass(frozen=True)
@@ -76,7 +63,7 @@ def ask_both(kind: str, counts: Mapping[Path, int], folder: Path) -> Both:
             samples = samples_of(path, folder)
             job["bundles"][str(path)] = [samples, count]
             policy = folder / f"{path.stem}.json"
-            policy_for(load_bundle(path), np.load(samples)[:count]).save(policy)
+            answers.policy_for(load_bundle(path), np.load(samples)[:count]).save(policy)
             job["policies"][str(path)] = str(policy)
         (folder / "job.json").write_text(json.dumps(job))
         answers.main(str(folder / "job.json"), str(folder / "here.npz"))
@@ -91,21 +78,24 @@ def check(both: Both, path: Path) -> None:
     """The laws that hold for every bundle."""
     (here, there), facts = both.of(path, "logits"), both.of(path, "facts")
     assert facts[0]["segments"] == facts[1]["segments"]
-    assert facts[1]["selftest"]["selftest"] == "ok"
     same = (here == there).all(axis=2)
-    if set(facts[0]["segments"]) == {"XNNPACK"}:
+    is_whole = set(facts[0]["segments"]) == {"XNNPACK"}
+    if is_whole:
         assert int((here != there).sum()) == 0
-        assert facts[1]["selftest"]["allowed_samples"] == 2
     else:
         labels = here.argmax(axis=2) == there.argmax(axis=2)
         assert labels.mean() >= 0.99
         assert np.abs(here.astype(int) - there.astype(int)).max() <= OWN_KERNELS_STEPS
-        assert facts[1]["selftest"]["allowed_samples"] == 16
+    tested = facts[1]["selftest"]
+    if tested is not None:
+        assert tested["selftest"] == "ok"
+        # 16 samples: few may stray by rounding where XNNPACK computes everything, else all.
+        assert tested["allowed_samples"] == (2 if is_whole else 16)
     # Equal logits are equally sure, to the bit, so any policy decides alike; and the chain did.
     for measure_here, measure_there in zip(*both.of(path, "read"), strict=True):
         assert (measure_here == measure_there)[same.T].all()
     chain_here, chain_there = both.of(path, "chain")
-    assert (chain_here == chain_there)[same.all(axis=1)].all()
+    assert (chain_here == chain_there)[same.all(axis=1)[: len(chain_here)]].all()
 
 
 # ---------------------------------------------------------------- nets of the zoo
@@ -148,6 +138,7 @@ def test_samples_leave_at_every_exit(on_a76: tuple[Both, dict[str, Path]]) -> No
         assert set(exits) == {0, 1, 2}, name
 
 
+@pytest.mark.host
 def test_the_emulated_board_says_that_it_is_one(
     on_a76: tuple[Both, dict[str, Path]],
 ) -> None:
@@ -194,32 +185,29 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = load_bundle(EXAMPLES / "fashion.edgeexit")
     path = tmp_path_factory.mktemp("policy") / "policy.json"
     samples = find_set("fashion-mnist").split("certificate").samples[:50]
-    policy_for(bundle, samples).save(path)
+    answers.policy_for(bundle, samples).save(path)
     return path
 
 
-def test_the_self_test_finds_no_difference_there(pi4: Board) -> None:
-    done = pi4.run("-m", "edgeexit", "run", str(EXAMPLES / "fashion.edgeexit"), "--json")
-
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["selftest"] == "ok"
-    assert (report["differing"], report["differing_samples"]) == (0, 0)
-
-
-def test_run_prints_the_lines_that_it_prints_here(
+def test_the_command_says_there_what_it_says_here(
     pi4: Board, policy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["run", "--bundle", str(EXAMPLES / "fashion.edgeexit"), "--policy", str(policy)]
-    options += [str(EXAMPLES / "images"), "--top", "3", "--json"]
-    assert entry(options) == 0
+    """The self-test, and answers to pictures; one start of Python serves both."""
+    bundle = str(EXAMPLES / "fashion.edgeexit")
+    pictures = [str(EXAMPLES / "images"), "--policy", str(policy), "--top", "3"]
+    commands = [["run", bundle, "--json"], ["run", bundle, *pictures, "--json"]]
+    for argv in commands:
+        assert entry(argv) == 0
     here = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    done = pi4.run("-m", "edgeexit", *options)
+    script = f"from edgeexit.cli import entry\nfor argv in {commands!r}: assert entry(argv) == 0"
+    done = pi4.run("-c", script)
     assert done.returncode == 0, done.stderr
     there = [json.loads(line) for line in done.stdout.splitlines()]
 
-    assert len(here) > 1
-    for line in (*here, *there):
+    assert there[0]["selftest"] == "ok"
+    assert there[0]["differing"] == 0
+    assert len(there) > 2
+    for line in (*here[1:], *there[1:]):
         assert line.pop("latency_ms") > 0
     assert there == here
 
