@@ -193,8 +193,8 @@ def test_name_port_user_and_key_of_the_ssh_config_are_taken(
     assert done.out == b"here\n"
 
 
-def test_a_command_or_terminal_that_the_config_asks_for_is_left_out(
-    boards: Boards, laptop: Path
+def test_a_command_terminal_or_agent_that_the_config_asks_for_is_left_out(
+    boards: Boards, laptop: Path, agent: None
 ) -> None:
     board = boards()
     configured(laptop, "Host *\n  RemoteCommand false\n  RequestTTY force\n  ForwardAgent yes\n")
@@ -261,23 +261,26 @@ def test_a_board_that_the_jump_host_cannot_reach_is_told(boards: Boards, laptop:
     assert "far: 127.0.0.1:1 cannot be reached from the jump host" in str(error)
 
 
-def test_keys_of_a_running_agent_are_used(
-    boards: Boards, laptop: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    board, key = boards(), laptop / ".ssh" / "id_ed25519"
+@pytest.fixture
+def agent(laptop: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A running ssh-agent that holds the laptop's key."""
     place = str(laptop / "agent")
-    agent = subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL)
-    try:
-        while not Path(place).exists():
-            time.sleep(0.01)
-        monkeypatch.setenv("SSH_AUTH_SOCK", place)
-        subprocess.run(["ssh-add", "-q", str(key)], check=True, stderr=subprocess.DEVNULL)
-        key.unlink()
+    running = subprocess.Popen(["ssh-agent", "-D", "-a", place], stdout=subprocess.DEVNULL)
+    while not Path(place).exists():
+        time.sleep(0.01)
+    monkeypatch.setenv("SSH_AUTH_SOCK", place)
+    key = str(laptop / ".ssh" / "id_ed25519")
+    subprocess.run(["ssh-add", "-q", key], check=True, stderr=subprocess.DEVNULL)
+    yield
+    running.terminate()
+    running.wait(10)
 
-        over(board.host(), nothing)
-    finally:
-        agent.terminate()
-        agent.wait(10)
+
+def test_keys_of_a_running_agent_are_used(boards: Boards, laptop: Path, agent: None) -> None:
+    board = boards()
+    (laptop / ".ssh" / "id_ed25519").unlink()
+
+    over(board.host(), nothing)
 
 
 # asyncssh does not wait for the end of a proxy command that it has killed.
