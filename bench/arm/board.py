@@ -109,7 +109,7 @@ class Board:
         return [QEMU, "-L", str(seen), "-cpu", self.kind.cpu, str(python), *argv]
 
     def run(
-        self, *argv: str, environment: Mapping[str, str] | None = None, timeout_s: float = 300
+        self, *argv: str, environment: Mapping[str, str] | None = None, timeout_s: float = 1800
     ) -> "subprocess.CompletedProcess[str]":
         """Run the ARM Python with *argv*; edgeexit is this checkout's. CannotBuild without qemu."""
         site = [str(layer / SITE) for layer in self.layers[:-1]]
