@@ -12,18 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeexit.errors import DeviceError, EdgeExitError, StorageError, Unsupported
-from edgeexit.remote.probe import (
-    BEGIN,
-    END,
-    NEEDED_BYTES,
-    RUNTIMES,
-    SCRIPT,
-    Board,
-    Plan,
-    Python,
-    parse,
-    plan,
-)
+from edgeexit.remote.fitting import NEEDED_BYTES, RUNTIMES, Plan, plan
+from edgeexit.remote.probe import BEGIN, END, SCRIPT, Board, Python, parse
 
 NEON = frozenset({"asimd", "crc32"})
 DEBIAN_12 = {"numpy": "1.24.2", "pillow": "9.4.0", "psutil": "5.9.4", "picamera2": "0.3.12"}

@@ -17,11 +17,12 @@ from typing import Any
 
 from edgeexit.errors import BadFile, DeviceError, EdgeExitError, Unsupported, printable
 from edgeexit.files import Table, digest_of, json_bytes, parse_json
-from edgeexit.remote import onboard, probe
+from edgeexit.remote import fitting, onboard, probe
 from edgeexit.remote.fan import Outcome
+from edgeexit.remote.fitting import Plan
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Done, Item, Link, LinkLost, connect
-from edgeexit.remote.probe import Board, Plan
+from edgeexit.remote.probe import Board
 from edgeexit.remote.wheelhouse import Target, Wheelhouse, wheels_for
 
 FORMAT = 1
@@ -102,7 +103,7 @@ async def set_up(host: Host, stock: Stock, say: Say = lambda host, step: None) -
         async with connect(host) as link:
             say(host, "looking at the board")
             board = await look(link)
-            plan = probe.plan(board, camera=stock.wish.camera, now_s=time.time())
+            plan = fitting.plan(board, camera=stock.wish.camera, now_s=time.time())
             wheels = await stock.wheels(plan, lambda step: say(host, step))
             order = _order(board, plan, wheels, stock.wish)
             sent, found = 0, await _standing(link, board, plan, order, say)
