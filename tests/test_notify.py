@@ -235,5 +235,6 @@ def test_the_terminating_signal_ends_the_run_whenever_it_comes(
             shown = running.process.stdout.read().splitlines()
         logged = (folder / "log.jsonl").read_bytes().splitlines()
         assert [json.loads(line) for line in logged] == [json.loads(line) for line in shown]
-        assert b"answered" in (folder / "errors").read_bytes() or not shown
+        # A single answer needs no summary.
+        assert b"answered" in (folder / "errors").read_bytes() or len(shown) < 2
         ear.hear(0.05)
