@@ -17,7 +17,7 @@ test: $(READY) lint
 # What CI leaves out of boards: the whole ARM machine, large nets on ARM code, power cuts, fleets; and
 # instructions counted again. Needs root and the Debian packages of .ci/run.
 BOARDS = arm_answers arm_board arm_cost ansible deploy live notify releases releases_crashes \
-  releases_power remote_profiling serve
+  releases_power remote_profiling serve service_systemd
 
 rehearse: $(READY)
 	EDGEEXIT_NO_SKIPS=1 $(BIN)/python -m pytest -q --slow -m slow $(BOARDS:%=tests/test_%.py)
