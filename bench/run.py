@@ -4,6 +4,7 @@ Run every measurement and write docs/results.md from the JSON of all that have b
     python bench/run.py [--table-only] [NAME...]
 """
 
+import argparse
 import importlib.util
 import json
 import subprocess
@@ -333,9 +334,17 @@ def draw() -> None:
 
 
 def main() -> None:
-    names = [name for name in sys.argv[1:] if not name.startswith("-")] or list(BENCHES)
-    if "--table-only" not in sys.argv:
-        for name in names:
+    parser = argparse.ArgumentParser(description="Run benches, and put all results into docs.")
+    parser.add_argument(
+        "--table-only", action="store_true", help="run nothing, write the docs anew"
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all of bench/")
+    asked = parser.parse_args()
+    unknown = sorted(set(asked.names) - set(BENCHES))
+    if unknown:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
+    if not asked.table_only:
+        for name in asked.names or BENCHES:
             print(f"{name} ...", file=sys.stderr)
             subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
     (CHECKOUT / "docs" / "results.md").write_text(page())
