@@ -269,13 +269,16 @@ importlib.util.find_spec = lambda name: None if name in ("asyncssh", "tomlkit") 
 from edgeexit.cli import entry
 assert entry(["deploy", "--here"]) == 0
 assert entry(["deploy", "--here", "--status"]) == 0
-sys.exit(entry(["deploy", "--host", "pi@nowhere"]))
+for words in ("setup", "uninstall", "doctor --host", "service status --host", "deploy --host"):
+    assert entry([*words.split(), "pi@nowhere"]) == 2
 """
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
 
-    assert done.returncode == 2, done.stderr
-    assert "deploy needs ssh" in done.stderr and 'pip install "edgeexit[ssh]"' in done.stderr
+    assert done.returncode == 0, done.stderr
+    for command_path in ("setup", "uninstall", "doctor", "service status", "deploy"):
+        assert f"edgeexit {command_path} needs ssh" in done.stderr
+    assert done.stderr.count('pip install "edgeexit[ssh]"') == 5
 
 
 def test_no_key_material_is_ever_shown(

@@ -3,12 +3,14 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgeexit.cli import guarded
+from edgeexit.cli.fleet import Live, work_on
 from edgeexit.errors import BadFile, DeviceError, StorageError, UsageError
 from edgeexit.remote import fan
 from edgeexit.remote.fan import Outcome, Row, fan_out
@@ -127,6 +129,41 @@ def test_rows_come_as_boards_end() -> None:
     assert seen == ["h1", "h2", "h0"]
 
 
+def test_what_showing_a_row_raises_is_raised_as_it_was() -> None:
+    def closed(row: Row) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        asyncio.run(fan_out(boards(3), fated(["ok"] * 3, []), on_row=closed))
+
+
+STRANGE: dict[str, Mapping[str, object]] = {
+    "a word is missing": {},
+    "of another kind": {"version": 1, "warnings": 5},
+}
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_an_answer_that_cannot_be_told_fails_alone(
+    strange: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def work(host: Host) -> Outcome:
+        good = {"version": "1", "warnings": ["old\x1b[2J"]}
+        return Outcome(facts=good if host.name == "h0" else {"": 0, **STRANGE[strange]})
+
+    def command() -> None:
+        words = lambda facts: f"has {facts['version']}"  # noqa: E731
+        work_on(boards(2), work, words, Live(2), head={}, as_json=False, limit=1)
+
+    assert guarded(command) == 1
+    captured = capsys.readouterr()
+    rows = captured.out.splitlines()
+    assert len(rows) == 2
+    assert "h0  done" in rows[0] and "has 1" in rows[0]
+    assert "h1  failed" in rows[1] and "a bug in edgeexit" in rows[1]
+    assert "warning: h0: old\\x1b[2J" in captured.err
+
+
 def test_ctrl_c_cancels_what_is_under_way_and_waits_for_it() -> None:
     cleaned: list[str] = []
 
@@ -188,14 +225,14 @@ def test_another_number_of_failures_is_refused(text: str) -> None:
         fan.failures_allowed(text, 9)
 
 
-def test_the_document_is_json_and_the_table_has_a_printable_line_for_each() -> None:
+def test_the_document_is_json_and_each_row_a_printable_line() -> None:
     rows = [
         Row(host="a", status="done", facts={"version": "1", "": "told"}, seconds=1.23456),
         Row(host="long", status="failed", error="long: no\x1b[2J\nmore", exit_code=5),
     ]
 
     document = json.loads(json.dumps(fan.to_document(rows)))
-    lines = fan.table(rows).split("\n")
+    lines = [fan.line(row, 4) for row in rows]
 
     assert document["exit_code"] == 5
     assert document["boards"][0]["seconds"] == 1.235

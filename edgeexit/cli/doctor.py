@@ -2,6 +2,7 @@
 
 import click
 
+from edgeexit.cli.fleet import meant
 from edgeexit.errors import DeviceError, printable
 
 
@@ -51,14 +52,13 @@ def _remote(host: str, device: str | None, meter: str | None, as_json: bool, qui
     """Print what the doctor of the board *host* prints; its exit code is ours."""
     import asyncio
 
-    from edgeexit.remote.hosts import chosen
+    (board,) = meant([host])
     from edgeexit.remote.setup import ask_doctor
 
     asked = {"--device": device, "--meter": meter}
     words = [word for key, value in asked.items() if value for word in (key, value)]
     flags = {"--json": as_json, "--quick": quick}
     words += [flag for flag, is_set in flags.items() if is_set]
-    (board,) = chosen([host], [])
     code, text = asyncio.run(ask_doctor(board, words))
     click.echo("\n".join(map(printable, text.splitlines())))
     if code:

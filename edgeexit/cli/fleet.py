@@ -70,12 +70,12 @@ def fleet_options(command: F) -> F:
     return command
 
 
-def meant(names: Sequence[str], labels: Sequence[str], is_here: bool) -> "list[Host]":
+def meant(names: Sequence[str], labels: Sequence[str] = (), is_here: bool = False) -> "list[Host]":
     """The boards that the options name; with *is_here* this machine, called "here"."""
     from edgeexit.remote.hosts import Host, chosen
 
     if not is_here:
-        require_remote(str(click.get_current_context().info_name))
+        require_remote(click.get_current_context().command_path)
         return chosen(names, labels)
     if names or labels:
         raise UsageError("--here is this machine: leave --host and --label out")
@@ -108,18 +108,33 @@ def work_on(
 
     width = max(len(host.name) for host in hosts)
     allowed = None if max_failures is None else fan.failures_allowed(max_failures, len(hosts))
+    told: dict[str, tuple[str, list[str]]] = {}
+
+    async def put_into_words(host: "Host") -> "Outcome":
+        # Here, where it fails for this board alone if the board's answer is a strange one.
+        outcome = await work(host)
+        warnings = [one_line(str(warning)) for warning in outcome.facts.get("warnings", ())]
+        told[host.name] = words(outcome.facts) if outcome.facts else "", warnings
+        return outcome
 
     def ended(row: "Row") -> None:
         live.ended(row.host)
+        text, warnings = told.get(row.host, ("", []))
         if not as_json:
-            told = {"": words(row.facts)} if row.facts else {}
-            click.echo(fan.line(replace(row, facts=told), width))
-        for warning in row.facts.get("warnings", ()):
-            click.echo(f"warning: {row.host}: {one_line(str(warning))}", err=True)
+            click.echo(fan.line(replace(row, facts={"": text}), width))
+        for warning in warnings:
+            click.echo(f"warning: {row.host}: {warning}", err=True)
 
     with live:
         rows = asyncio.run(
-            fan.fan_out(hosts, work, limit=limit, canary=canary, max_failures=allowed, on_row=ended)
+            fan.fan_out(
+                hosts,
+                put_into_words,
+                limit=limit,
+                canary=canary,
+                max_failures=allowed,
+                on_row=ended,
+            )
         )
     if as_json:
         document = fan.to_document(rows)

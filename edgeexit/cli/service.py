@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgeexit.cli.fleet import meant
 from edgeexit.errors import DeviceError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -292,10 +293,9 @@ def _remotely(host: str, words: list[str], is_user_unit: bool) -> None:
     """Let the board's own edgeexit do it; its exit code is ours."""
     import asyncio
 
-    from edgeexit.remote.hosts import chosen
+    (board,) = meant([host])
     from edgeexit.remote.service import ask
 
-    (board,) = chosen([host], [])
     done = asyncio.run(ask(board, words, as_root=not is_user_unit))
     for text, is_error in ((done.out.decode(errors="replace"), False), (done.err, True)):
         for line in text.splitlines():

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edgeexit.cli.fleet import Live, fleet_options, work_on
+from edgeexit.cli.fleet import Live, fleet_options, meant, work_on
 
 
 @click.command("setup", short_help="put edgeexit on a board that has only Python")
@@ -50,10 +50,9 @@ def command(
     sent over ssh. They go into an environment of their own below ~/.local/share/edgeexit; it is
     used only once its self-test has passed on the board. A second call changes nothing.
     """
-    from edgeexit.remote.hosts import chosen
+    hosts = meant(names, labels)
     from edgeexit.remote.setup import Stock, Wish, set_up
 
-    hosts = chosen(names, labels)
     live = Live(len(hosts))
     stock = Stock(Wish(camera=camera, again=again, refresh=refresh, wheels=wheels))
     work_on(

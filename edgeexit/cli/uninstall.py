@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from edgeexit.cli.fleet import Live, fleet_options, work_on
+from edgeexit.cli.fleet import Live, fleet_options, meant, work_on
 from edgeexit.errors import UsageError
 
 _MOST_NAMED = 8
@@ -43,10 +43,8 @@ def command(
     Only edgeexit's own files below ~/.local/share/edgeexit go; what else lies there stays. A board
     on which something of it runs is refused (exit code 8).
     """
-    from edgeexit.remote.hosts import chosen
+    hosts = meant(names, labels)
     from edgeexit.remote.setup import take_away
-
-    hosts = chosen(names, labels)
 
     def work(is_dry: bool, verb: str, **options: Any) -> None:
         work_on(

@@ -87,9 +87,13 @@ async def fan_out(
         if first and failures:
             break  # a canary fell
         waiting = deque(group)
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(min(limit, len(group))):
-                tasks.create_task(share(waiting, allowed))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(min(limit, len(group))):
+                    tasks.create_task(share(waiting, allowed))
+        except ExceptionGroup as found:
+            # Of *on_row*, such as a closed pipe: it means what it means elsewhere.
+            raise found.exceptions[0] from None
     for host in hosts:
         if host.name not in rows:
             ended(Row(host=host.name, status="skipped"))
@@ -135,12 +139,6 @@ def to_document(rows: Sequence[Row]) -> dict[str, Any]:
     """The rows as one JSON document."""
     boards = [{**vars(row), "seconds": round(row.seconds, 3)} for row in rows]
     return {"format": 1, "exit_code": exit_code(rows), "boards": boards}
-
-
-def table(rows: Sequence[Row]) -> str:
-    """The rows as text, a line for each board."""
-    width = max((len(row.host) for row in rows), default=0)
-    return "\n".join(line(row, width) for row in rows)
 
 
 def line(row: Row, width: int = 0) -> str:
