@@ -6,6 +6,7 @@ Bytes are counted from the client to the server, over all connections since `cou
 """
 
 import asyncio
+import contextlib
 import threading
 from types import TracebackType
 
@@ -82,7 +83,9 @@ class FaultyLink:
             asyncio.ensure_future(self._down(far_reader, writer)),
         ]
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            # Python 3.11 logs the end of a handler that was cancelled as an error.
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in tasks:
                 task.cancel()
