@@ -27,9 +27,8 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit import errors
 from edgeexit.children import command, environment
-from edgeexit.errors import BadFile, DeviceError, EdgeExitError, UsageError, printable
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, UsageError, kind_of, printable
 from edgeexit.files import Table, parse_json
 from edgeexit.pictures import MAX_PIXELS
 from edgeexit.preprocess import Preprocess, fit_sample, load_image
@@ -246,17 +245,11 @@ def _fitting(preprocess: Preprocess, shape: tuple[int, ...]) -> dict[str, Any]:
     return {"preprocess": preprocess.to_document(), "shape": list(shape)}
 
 
-# The classes of errors.py by their exit codes: a refusal arrives as what it was.
-_CLASSES = {
-    kind.exit_code: kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type) and issubclass(kind, EdgeExitError)
-}
-
-
 def _error(told: Table) -> EdgeExitError:
-    kind = _CLASSES.get(told.get("code", int), DeviceError)
-    return kind(told.get("message", str), hint=told.find("hint", str, "") or None)
+    """A refusal arrives as what it was."""
+    return kind_of(told.get("code", int))(
+        told.get("message", str), hint=told.find("hint", str, "") or None
+    )
 
 
 # ---------------------------------------------------------------- the process

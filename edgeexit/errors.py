@@ -104,6 +104,12 @@ _WRONG_PATH = (
 )
 
 
+def kind_of(exit_code: object) -> type[EdgeExitError]:
+    """The class of refusals with this *exit_code*; DeviceError for what no refusal has."""
+    kinds = (kind for kind in EdgeExitError.__subclasses__() if kind.exit_code == exit_code)
+    return next(kinds, DeviceError)
+
+
 def from_os_error(error: OSError, path: Path | str | None = None) -> EdgeExitError | None:
     """
     What an OSError met outside of *storage* means, for whoever called; None if nothing is known.

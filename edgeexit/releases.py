@@ -69,11 +69,6 @@ class Change:
     previous: str | None
     was: str | None
 
-    @property
-    def is_change(self) -> bool:
-        """Whether another release runs than before."""
-        return self.current != self.was
-
 
 @dataclass(frozen=True, kw_only=True)
 class Status:

@@ -228,9 +228,10 @@ def test_what_runs_already_is_not_activated_again_unless_forced(desk: Desk) -> N
     desk.deploy("a", "b")
     tried: list[Path] = []
 
-    assert not desk.board.activate(B, tried.append).is_change
-    assert tried == []
-    assert not desk.board.activate(B, tried.append, force=True).is_change
+    change = desk.board.activate(B, tried.append)
+    assert (change.was, change.current, tried) == (B, B, [])
+    change = desk.board.activate(B, tried.append, force=True)
+    assert (change.was, change.current) == (B, B)
     assert [path.name for path in tried] == [B]
     assert desk.links() == (B, A)
 

@@ -327,11 +327,14 @@ def test_a_key_that_ssh_knows_already_is_taken_and_another_shown_beside_it(
     known.write_text(f"[127.0.0.1]:{board.port} {other}\n")
 
     code, text = on_a_terminal(["hosts", "add", "pi", f"127.0.0.1:{board.port}"], "n")
+    known.write_text(f"[127.0.0.1]:{board.port} {board.key}\n@revoked * {board.key}\n")
+    revoked = typed(capfd, "hosts", "add", "pi", f"127.0.0.1:{board.port}")
     known.write_text(f"[127.0.0.1]:{board.port} {board.key}\n")
     taken = typed(capfd, "hosts", "add", "pi", f"127.0.0.1:{board.port}")
 
     assert code == 2
     assert f"known_hosts has: {fingerprint(other)}" in text
+    assert revoked[0] == 2 and "is not confirmed" in revoked[2]
     assert taken[0] == 0
     assert Hosts.read(hosts_file).find("pi").host_key == board.key
 

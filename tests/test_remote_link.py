@@ -25,7 +25,6 @@ from edgeexit.errors import (
     EdgeExitError,
     SelfTestError,
     StorageError,
-    UsageError,
 )
 from edgeexit.remote.hosts import Host, fingerprint
 from edgeexit.remote.link import Link, LinkLost, connect
@@ -694,22 +693,6 @@ def test_a_file_is_fetched_whole_or_refused(boards: Boards) -> None:
     assert whole == data
     assert (type(large), type(absent)) == (BadFile, DeviceError)
     assert "no such file" in str(absent)
-
-
-def test_only_what_lies_in_edgeexits_folder_is_removed(boards: Boards) -> None:
-    board = boards()
-    (board.home / "results" / "7").mkdir(parents=True)
-    (board.home / "results" / "7" / "x").write_text("x")
-    precious = board.folder / "precious"
-    precious.write_text("x")
-
-    over(board.host(), lambda link: link.remove(f"{board.home}/results/7"))
-    over(board.host(), lambda link: link.remove(f"{board.home}/results/7"))
-    for path in (str(precious), f"{board.home}/../precious", str(board.home), "/", "precious"):
-        assert isinstance(refused(board.host(), lambda link, p=path: link.remove(p)), UsageError)
-
-    assert not (board.home / "results" / "7").exists()
-    assert precious.exists()
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,19 @@ def test_the_one_before_is_kept_and_older_ones_go_with_their_wheels(board: Board
     assert orders[1]["wheels"][0]["sha256"] in held
 
 
+@pytest.mark.parametrize("damage", ["", "[]", '{"wheels": 5}'])
+def test_the_damage_of_one_before_stops_no_setup(board: Board, damage: str) -> None:
+    first, second = board.order("1.0"), board.order("2.0")
+    board.run(first)
+    (board.env / first["id"] / "setup.json").write_text(damage)
+
+    answer = board.run(second)
+
+    assert answer is not None
+    assert answer["result"]["changed"]
+    assert board.version() == "2.0"
+
+
 def test_blobs_that_setup_did_not_bring_are_never_removed(board: Board) -> None:
     other = board.blobs / ("a" * 64)
     other.write_text("a segment of a deployment")

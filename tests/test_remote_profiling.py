@@ -25,7 +25,7 @@ from edgeexit.blocks import Mode
 from edgeexit.bundle import load_bundle
 from edgeexit.children import environment
 from edgeexit.collect import Limits, Progress
-from edgeexit.errors import Disturbed, EdgeExitError, StorageError, UsageError
+from edgeexit.errors import DeviceError, Disturbed, EdgeExitError, StorageError, UsageError
 from edgeexit.profile import Profile
 from edgeexit.remote import profiling
 from edgeexit.remote.hosts import Host, Hosts
@@ -414,9 +414,23 @@ def test_ctrl_c_stops_the_board_and_resume_goes_on(
     assert rounds(board)
 
 
+def test_a_board_that_calls_itself_what_no_device_is_called_is_not_believed(
+    folder: Path, boards: Make
+) -> None:
+    board = install(boards(), f"exec {shlex.quote(sys.executable)} -P {folder / 'liar.py'}")
+    for lie in ("../x", f"{folder}/x.toml", "\x1b[2J"):
+        (folder / "liar.py").write_text(
+            LIAR.format(version=__version__, folder=str(folder), device=lie)
+        )
+        with pytest.raises(DeviceError, match="pi: says that it is a"):
+            measure(host_of(board))
+
+
 def test_a_board_that_gives_another_profile_is_not_believed(folder: Path, boards: Make) -> None:
     board = install(boards(), f"exec {shlex.quote(sys.executable)} -P {folder / 'liar.py'}")
-    (folder / "liar.py").write_text(LIAR.format(version=__version__, folder=str(folder)))
+    (folder / "liar.py").write_text(
+        LIAR.format(version=__version__, folder=str(folder), device="host")
+    )
     for lie in ("{", '{"format": 3}'):
         (folder / "lie.json").write_text(lie)
         with pytest.raises(EdgeExitError, match="pi") as caught:
@@ -434,7 +448,7 @@ say(agent=1, edgeexit={version!r})
 sys.stdin.readline()
 if sys.argv[-1] == "hello":
     trial = {{"runtime": "x"}}
-    say(result=dict(edgeexit={version!r}, device="host", model=None, measuring=[], trial=trial))
+    say(result=dict(edgeexit={version!r}, device={device!r}, model=None, measuring=[], trial=trial))
 else:
     lie = Path({folder!r}) / "lie.json"
     digest = hashlib.sha256(lie.read_bytes()).hexdigest()

@@ -30,6 +30,7 @@ from edgeexit.errors import (
     EdgeExitError,
     SelfTestError,
     StorageError,
+    kind_of,
     printable,
 )
 from edgeexit.files import Table
@@ -303,8 +304,7 @@ def check(folder: Path) -> Mapping[str, Any]:
         if line.startswith(b'{"end": '):
             said = json.loads(line)["end"]
     if "error" in said:
-        kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
-        raise kinds.get(said["exit_code"], DeviceError)(said["error"], hint=said["hint"])
+        raise kind_of(said["exit_code"])(said["error"], hint=said["hint"])
     if not said and -done.returncode in _CRASHES:
         how = signal.Signals(-done.returncode).name
         raise SelfTestError(f"{place}: the runtime dies of the self-test ({how})", hint=_OTHER)

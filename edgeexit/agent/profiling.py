@@ -12,7 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from edgeexit.blobs import Blobs
 from edgeexit.blocks import Mode
 from edgeexit.bundle import MANIFEST, Bundle, load_bundle
 from edgeexit.collect import Limits, Progress, Step
-from edgeexit.errors import BadFile, Busy, EdgeExitError, UsageError, storage
+from edgeexit.errors import BadFile, Busy, EdgeExitError, StorageError, UsageError, storage
 from edgeexit.files import Table, file_digest, write_file
 from edgeexit.locks import hold
 from edgeexit.manifest import Manifest
@@ -123,6 +123,9 @@ def profile(order: Table, talk: Talk) -> Mapping[str, Any]:
     if talk.need(fetch=fetch).get("fetched", bool):
         with storage(folder):
             shutil.rmtree(folder)
+        # What was uploaded may serve a deployment that follows, and goes an hour later.
+        with suppress(StorageError):
+            Blobs(home).collect()
     return {"id": asked.id}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncssh
 
-from edgeexit.errors import DeviceError, EdgeExitError, StorageError, printable
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, printable
 from edgeexit.remote.hosts import Host
 
 _SHOWN = 200
@@ -22,6 +22,17 @@ def told(error: Exception) -> str:
     """What *error* says, fit to be shown."""
     text = getattr(error, "reason", None) or str(error) or type(error).__name__
     return printable(" ".join(str(text).split())[:_SHOWN])
+
+
+@contextmanager
+def understood(host: Host) -> Iterator[None]:
+    """A board that answers something else than it was asked is no bad file."""
+    try:
+        yield
+    except BadFile as error:
+        raise DeviceError(
+            f"{error} in the board's answer", hint=f"edgeexit setup {host.name}"
+        ) from error
 
 
 @contextmanager

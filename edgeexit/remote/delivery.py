@@ -6,13 +6,13 @@ board decides and acts (agent.delivery); hidden here: only what it needs is sent
 over the same connection; and an answer that is none is refused.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgeexit.agent.parcel import Parcel
-from edgeexit.errors import BadFile, DeviceError
+from edgeexit.errors import DeviceError
 from edgeexit.files import Table
+from edgeexit.remote.broken import understood
 from edgeexit.remote.fan import Outcome
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Item, connect
@@ -90,7 +90,7 @@ async def status(host: Host, app: str | None = None) -> Outcome:
     async with connect(host) as link:
         result = await link.agent("status", {} if app is None else {"app": app})
     said = _checked(host, result, {**_BOARD, "apps": list})
-    with _spoken(host):
+    with understood(host):
         for table in said.tables("apps"):
             _check(table, _APP)
     return Outcome(facts=result, changed=False)
@@ -110,7 +110,7 @@ _APP = {"app": str, "current?": str, "previous?": str, "bad": dict}
 def _checked(host: Host, result: Mapping[str, Any], kinds: Mapping[str, type]) -> Table:
     """The *result* as a table that holds what *kinds* say."""
     table = Table(result, host.name)
-    with _spoken(host):
+    with understood(host):
         _check(table, kinds)
     return table
 
@@ -120,14 +120,3 @@ def _check(table: Table, kinds: Mapping[str, type]) -> None:
         name = key.removesuffix("?")
         if name == key or table.values.get(name, "") is not None:
             table.get(name, kind)
-
-
-@contextmanager
-def _spoken(host: Host) -> Iterator[None]:
-    """A board that answers something else is no bad file."""
-    try:
-        yield
-    except BadFile as error:
-        raise DeviceError(
-            f"{error} in the board's answer", hint=f"edgeexit setup {host.name}"
-        ) from error

@@ -15,9 +15,9 @@ from typing import Any
 
 import asyncssh
 
-from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, UsageError, printable
+from edgeexit.errors import BadFile, DeviceError, EdgeExitError, kind_of, printable
 from edgeexit.files import Table
-from edgeexit.remote.broken import LinkLost, translated
+from edgeexit.remote.broken import LinkLost, translated, understood
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.login import opened
 from edgeexit.remote.talk import Talk, last_line, talk
@@ -164,15 +164,15 @@ class Link:
             self._greeted(process, head)
             while (said := await process.hear()) is not None:
                 if "result" in said:
-                    return _part(said, "result")
+                    return self._part(said, "result")
                 if "error" in said:
-                    raise self._refused(_part(said, "error"))
+                    raise self._refused(self._part(said, "error"))
                 if "progress" in said and on_progress is not None:
-                    on_progress(_part(said, "progress"))
+                    on_progress(self._part(said, "progress"))
                 if "need" in said:
                     if on_need is None:
                         raise DeviceError(f"{process.place}: asks for what nobody brings")
-                    await process.say(await on_need(_part(said, "need")))
+                    await process.say(await on_need(self._part(said, "need")))
             raise await self._silent(process)
 
     def _greeted(self, process: Talk, head: Table) -> None:
@@ -186,6 +186,10 @@ class Link:
                 hint=f"edgeexit setup {self.host.name} puts this version there; "
                 "or upgrade edgeexit here",
             )
+
+    def _part(self, said: Table, key: str) -> dict[str, Any]:
+        with understood(self.host):
+            return said.get(key, dict)
 
     async def _silent(self, process: Talk) -> DeviceError:
         code, err = await process.ended()
@@ -203,9 +207,7 @@ class Link:
         message, hint, code = (said.get(key) for key in ("message", "hint", "exit_code"))
         if not isinstance(message, str) or not isinstance(hint, str | None):
             message, hint = f"refuses without a reason: {str(said)[:80]}", None
-        kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
-        kind = kinds.get(code, DeviceError) if isinstance(code, int) else DeviceError
-        return kind(f"{self.host.name}: {printable(message[:2000])}", hint=hint)
+        return kind_of(code)(f"{self.host.name}: {printable(message[:2000])}", hint=hint)
 
     async def upload(
         self, files: Sequence[Item], *, on_bytes: Callable[[int], None] | None = None
@@ -234,19 +236,6 @@ class Link:
                     raise BadFile(f"{place}: more than {limit_bytes} bytes")
         return bytes(found)
 
-    async def remove(self, remote_path: str) -> None:
-        """
-        Remove the file or folder *remote_path* of the board, durably; nothing if it is not there.
-
-        UsageError unless it lies in edgeexit's folder.
-        """
-        home = await self.home()
-        if not posixpath.normpath(remote_path).startswith(f"{home}/"):
-            raise UsageError(f"{self.host.name}: {remote_path}: does not lie in {home}")
-        done = await self.run(["rm", "-rf", "--", posixpath.normpath(remote_path)])
-        if done.code != 0:
-            raise StorageError(f"{self.host.name}: {remote_path}: {last_line(done.err)}")
-
     @asynccontextmanager
     async def sftp(self, doing: str) -> AsyncIterator[asyncssh.SFTPClient]:
         """A client of the board's sftp server, with errors of ours."""
@@ -262,10 +251,3 @@ class Link:
                 ) from error
             async with client:
                 yield client
-
-
-def _part(said: Table, key: str) -> dict[str, Any]:
-    try:
-        return said.get(key, dict)
-    except BadFile as error:
-        raise DeviceError(str(error)) from error

@@ -221,7 +221,7 @@ class _Attempt:
         else:
             known = self._known_hosts().match(name, address, port)
             keys, authorities, revoked = (list(part) for part in known[:3])
-        self._client.known = [public_text(key) for key in keys]
+        self._client.known = [public_text(key) for key in keys if key not in revoked]
         return keys, authorities, revoked
 
     def _first(self) -> dict[str, Any]:

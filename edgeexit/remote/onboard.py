@@ -284,8 +284,11 @@ def _drop_blobs(envs: Path) -> None:
     """Remove wheels that were uploaded for environments which are gone."""
     now: set[str] = set()
     for path in envs.glob(f"[0-9a-f]*/{SETUP}"):
-        setup = json.loads(path.read_text())
-        now |= {wheel["sha256"] for wheel in (*setup["wheels"], setup["installer"])}
+        try:
+            setup = json.loads(path.read_text())
+            now |= {wheel["sha256"] for wheel in (*setup["wheels"], setup["installer"])}
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # damaged: its wheels are sent again if they are wanted
     for sha256 in _wheels(envs) - now:
         (envs.parent / "blobs" / sha256).unlink(missing_ok=True)
     part = envs / f"{_WHEELS}.part"

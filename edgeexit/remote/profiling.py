@@ -16,11 +16,12 @@ from edgeexit import __version__
 from edgeexit.blocks import Mode
 from edgeexit.bundle import Bundle
 from edgeexit.collect import Limits, Progress, Step
-from edgeexit.device import HOST, find_device
+from edgeexit.device import HOST, device_names, find_device
 from edgeexit.errors import BadFile, DeviceError, printable
 from edgeexit.files import MAX_DOCUMENT_BYTES, Table, digest_of, parse_json
 from edgeexit.manifest import Manifest
 from edgeexit.profile import Profile
+from edgeexit.remote.broken import understood
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Item, Link, LinkLost, connect
 from edgeexit.request import check_profile
@@ -28,15 +29,14 @@ from edgeexit.request import check_profile
 
 @dataclass(frozen=True, kw_only=True)
 class Board:
-    """The board at the other end: the *device* that it is measured as, and what it said."""
+    """
+    The board at the other end: the *device* that it is measured as.
+
+    *measuring* holds the numbers of the processes that measure there already.
+    """
 
     device: str
-    facts: Table
-
-    @property
-    def measuring(self) -> list[int]:
-        """The numbers of the processes that measure there already."""
-        return self.facts.list_of("measuring", int)
+    measuring: list[int]
 
 
 async def measure(
@@ -67,8 +67,8 @@ async def measure(
     """
     async with connect(host) as link:
         board = await _meet(link, device_name or host.device, is_known=resume)
-        on_board(board)
         kind = find_device(device_name or board.device)
+        on_board(board)
         talk = _Talk(link, bundle, board.device, save, on_bytes)
         order = {
             "manifest": talk.manifest.to_document(),
@@ -86,8 +86,11 @@ async def measure(
         }
 
         def tell(said: Mapping[str, Any]) -> None:
-            if on_step is not None:
-                on_step(Progress.from_document(Table(said, f"{host.name}: progress")))
+            if on_step is None:
+                return
+            with understood(host):
+                progress = Progress.from_document(Table(said, f"{host.name}: progress"))
+            on_step(progress)
 
         try:
             await link.agent("profile", order, on_progress=tell, on_need=talk.answer)
@@ -108,21 +111,21 @@ async def _meet(link: Link, device_name: str | None, *, is_known: bool) -> Board
     name = link.host.name
     facts = Table(await link.agent("hello", {"quick": is_known}), f"{name}: hello")
     setup = f"edgeexit setup {name}"
-    version = facts.get("edgeexit", str)
-    if version != __version__:
-        raise DeviceError(
-            f"{name}: has edgeexit {printable(version)}, here is {__version__}", hint=setup
-        )
-    if not is_known:
-        trial = facts.table("trial").values
-        if trial.get("runtime") is None or trial.get("died") is not None:
-            reason = trial.get("died") or trial.get("error") or "none is installed"
+    with understood(link.host):
+        version = facts.get("edgeexit", str)
+        if version != __version__:
             raise DeviceError(
-                f"{name}: no runtime works there: {printable(str(reason))}", hint=setup
+                f"{name}: has edgeexit {printable(version)}, here is {__version__}", hint=setup
             )
-    is_a = facts.get("device", str)
+        trial = {} if is_known else facts.table("trial").values
+        if not is_known and (trial.get("runtime") is None or trial.get("died") is not None):
+            reason = printable(str(trial.get("died") or trial.get("error") or "none is installed"))
+            raise DeviceError(f"{name}: no runtime works there: {reason}", hint=setup)
+        is_a, measuring = facts.get("device", str), facts.list_of("measuring", int)
+    if is_a not in device_names():  # it becomes part of a file's name here
+        raise DeviceError(f"{name}: says that it is a {printable(is_a[:80])!r}", hint=setup)
     if device_name is None:
-        return Board(device=is_a, facts=facts)
+        return Board(device=is_a, measuring=measuring)
     kind, model = find_device(device_name), facts.values.get("model")
     if kind.name not in (is_a, HOST) and not (isinstance(model, str) and kind.matches(model)):
         text = printable(repr(model)) if model is not None else "missing"
@@ -131,7 +134,7 @@ async def _meet(link: Link, device_name: str | None, *, is_known: bool) -> Board
             f"model text is {text}",
             hint=f"--device {printable(is_a)}, or name another host",
         )
-    return Board(device=kind.name, facts=facts)
+    return Board(device=kind.name, measuring=measuring)
 
 
 def _toml(device_name: str | None) -> str | None:
@@ -161,9 +164,14 @@ class _Talk:
         """What to answer when the board says that it needs something."""
         table = Table(need, f"{self._link.host.name}: need")
         if "blobs" in table:
-            await self._upload(set(table.list_of("blobs", str)))
+            with understood(self._link.host):
+                wanted = set(table.list_of("blobs", str))
+            await self._upload(wanted)
             return {"uploaded": True}
-        await self._take(table.table("fetch"))
+        with understood(self._link.host):
+            fetch = table.table("fetch")
+            path, sha256 = fetch.get("path", str), fetch.get("sha256", str)
+        await self._take(path, sha256)
         return {"fetched": True}
 
     async def _upload(self, wanted: set[str]) -> None:
@@ -185,10 +193,10 @@ class _Talk:
 
         await self._link.upload(list(items.values()), on_bytes=arrived)
 
-    async def _take(self, where: Table) -> None:
-        place = f"{self._link.host.name}: {printable(where.get('path', str))}"
-        data = await self._link.fetch(where.get("path", str), limit_bytes=MAX_DOCUMENT_BYTES)
-        if digest_of(data) != where.get("sha256", str):
+    async def _take(self, path: str, sha256: str) -> None:
+        place = f"{self._link.host.name}: {printable(path)}"
+        data = await self._link.fetch(path, limit_bytes=MAX_DOCUMENT_BYTES)
+        if digest_of(data) != sha256:
             raise BadFile(f"{place}: altered on its way", hint="the same command with --resume")
         found = Profile.from_document(parse_json(data, place))
         check_profile(self._bundle, found, self._device)

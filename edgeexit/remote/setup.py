@@ -15,14 +15,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeexit.errors import BadFile, DeviceError, EdgeExitError, Unsupported, printable
+from edgeexit.errors import (
+    BadFile,
+    DeviceError,
+    EdgeExitError,
+    Unsupported,
+    kind_of,
+    printable,
+)
 from edgeexit.files import Table, digest_of, json_bytes, parse_json
 from edgeexit.remote import fitting, onboard, probe
+from edgeexit.remote.broken import understood
 from edgeexit.remote.fan import Outcome
 from edgeexit.remote.fitting import Plan
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Done, Item, Link, LinkLost, connect
 from edgeexit.remote.probe import Board
+from edgeexit.remote.talk import last_line
 from edgeexit.remote.wheelhouse import Target, Wheelhouse, wheels_for
 
 FORMAT = 1
@@ -113,10 +122,10 @@ async def set_up(host: Host, stock: Stock, say: Say = lambda host, step: None) -
                 found = await _onboard(link, plan.python.path, {**order, "do": "install"})
             say(host, "asking its doctor")
             findings = await _findings(link, board.home)
-    return Outcome(
-        facts=_facts(order, plan, found, findings, sent),
-        changed=found.values.get("built", False) or found.values.get("changed", False),
-    )
+            with understood(host):
+                facts = _facts(order, plan, found, findings, sent)
+    is_new = found.values.get("built", False) or found.values.get("changed", False)
+    return Outcome(facts=facts, changed=is_new)
 
 
 async def look(link: Link) -> Board:
@@ -201,22 +210,20 @@ async def _onboard(link: Link, python: str, order: Mapping[str, Any]) -> Table:
     for line in reversed(done.out.splitlines()):
         if not line.startswith((b'{"result"', b'{"error"')):
             continue
-        said = parse_json(line, f"{link.host.name}: setup")
-        if "result" in said:
-            return said.table("result")
-        raise _refusal(link.host, said.table("error"))
-    lines = done.err.strip().splitlines()
-    raise DeviceError(
-        f"{python} ended with code {done.code}: {printable(lines[-1][:300]) if lines else 'silent'}"
-    )
+        with understood(link.host):
+            said = parse_json(line, f"{link.host.name}: setup")
+            if "result" in said:
+                return said.table("result")
+            refusal = _refusal(link.host, said.table("error"))
+        raise refusal
+    raise DeviceError(f"{python} ended with code {done.code}: {last_line(done.err)}")
 
 
 def _refusal(host: Host, said: Table) -> EdgeExitError:
-    kinds = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
     hint = said.values.get("hint")
     return _named(
         host,
-        kinds.get(said.get("exit_code", int), DeviceError),
+        kind_of(said.get("exit_code", int)),
         printable(said.get("message", str)),
         printable(hint) if isinstance(hint, str) else None,
     )
@@ -283,7 +290,18 @@ async def take_away(host: Host, *, everything: bool, dry: bool) -> Outcome:
                 )
             order = {"do": "uninstall", "home": board.home, "everything": everything, "dry": dry}
             found = await _onboard(link, python, order)
-    return Outcome(facts=found.values, changed=bool(found.get("removed", list)))
+            with understood(host):
+                facts = {
+                    "removed": [_sized(host, pair) for pair in found.list_of("removed", list)],
+                    "left": found.list_of("left", str),
+                    "home": found.get("home", str),
+                }
+    return Outcome(facts=facts, changed=bool(facts["removed"]))
+
+
+def _sized(host: Host, pair: Sequence[object]) -> tuple[str, int]:
+    table = Table(dict(zip(("name", "bytes"), pair, strict=False)), f"{host.name}: removed")
+    return table.get("name", str), table.get("bytes", int)
 
 
 async def ask_doctor(host: Host, arguments: Sequence[str]) -> tuple[int, str]:
@@ -297,6 +315,5 @@ async def ask_doctor(host: Host, arguments: Sequence[str]) -> tuple[int, str]:
                     "edgeexit is not on this board", hint=f"edgeexit setup {host.name}"
                 )
             if not text.strip():
-                last = (done.err.strip().splitlines() or ["it said nothing"])[-1]
-                raise DeviceError(f"its doctor fails: {printable(last[:300])}")
+                raise DeviceError(f"its doctor fails: {last_line(done.err)}")
     return done.code, text

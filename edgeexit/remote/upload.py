@@ -18,8 +18,11 @@ import asyncssh
 
 from edgeexit.errors import BadFile, DeviceError, EdgeExitError, StorageError, printable
 from edgeexit.files import Table, file_digest, open_file
+from edgeexit.remote.broken import understood
+from edgeexit.remote.talk import last_line
 
 if TYPE_CHECKING:
+    from edgeexit.remote.hosts import Host
     from edgeexit.remote.link import Item, Link, Uploaded
     from edgeexit.remote.talk import Talk
 
@@ -108,10 +111,9 @@ async def upload(
     async with _blobs(link, folder) as blobs:
         missing: list[tuple[Item, int]] = []
         for item in {item.sha256: item for item in files}.values():
-            state = await blobs.ask("look", item)
-            begin = state.get("part", int)
+            is_whole, begin = await blobs.ask("look", item)
             on_bytes(begin)
-            if state.get("whole", bool):
+            if is_whole:
                 skipped += 1
             else:
                 missing.append((item, begin))
@@ -133,7 +135,8 @@ async def _put(
     sent = 0
     for attempt_begin in (begin, 0):
         sent += await _send(blobs, sftp, item, attempt_begin, on_bytes)
-        if (await blobs.ask("seal", item)).get("whole", bool):
+        is_whole, _ = await blobs.ask("seal", item)
+        if is_whole:
             return sent
         on_bytes(-item.size_bytes)
         _check(item)
@@ -219,16 +222,17 @@ def _chunks(item: "Item", begin: int) -> Iterator[tuple[int, bytes]]:
 class _Blobs:
     """The Python process on the board that looks after the folder of blobs."""
 
-    def __init__(self, process: "Talk", folder: str) -> None:
+    def __init__(self, host: "Host", process: "Talk", folder: str) -> None:
         self.place, self.folder = process.place, folder
-        self._process = process
+        self._host, self._process = host, process
 
-    async def ask(self, what: str, item: "Item") -> Table:
-        """The board's answer about *item*; StorageError if its storage refuses."""
+    async def ask(self, what: str, item: "Item") -> tuple[bool, int]:
+        """Whether *item* is there whole, and how many bytes; StorageError if it is refused."""
         answer = await self._answer(what, item)
-        if "errno" in answer:
-            raise self._refused(answer)
-        return answer
+        with understood(self._host):
+            if "errno" in answer:
+                raise self._refused(answer)
+            return answer.get("whole", bool), max(0, answer.get("part", int))
 
     async def _answer(self, what: str, item: "Item") -> Table:
         import json
@@ -238,7 +242,9 @@ class _Blobs:
         answer = await self._process.hear()
         if answer is None:
             code, err = await self._process.ended()
-            raise DeviceError(f"{self.place}: python3 ended there with code {code}: {err[-200:]!r}")
+            raise DeviceError(
+                f"{self.place}: python3 ended there with code {code}: {last_line(err)}"
+            )
         return answer
 
     def _refused(self, answer: Table) -> EdgeExitError:
@@ -252,9 +258,10 @@ class _Blobs:
     async def why(self, item: "Item", error: asyncssh.SFTPError) -> EdgeExitError:
         """What made sftp refuse: for a full disk it only says "Failure"."""
         answer = await self._answer("room", item)
-        if "errno" in answer:
-            return self._refused(answer)
-        free = answer.get("free", int)
+        with understood(self._host):
+            if "errno" in answer:
+                return self._refused(answer)
+            free = answer.get("free", int)
         if free < max(item.size_bytes, _LEAST_FREE_BYTES):
             return StorageError(
                 f"{self.place}: {self.folder}: no space left: {free >> 10} KiB free, "
@@ -279,5 +286,7 @@ async def _blobs(link: "Link", folder: str) -> AsyncIterator[_Blobs]:
                     f"{link.host.name}: no python3 there",
                     hint="on the board: sudo apt install python3",
                 )
-            raise DeviceError(f"{process.place}: python3 ended there with code {code}: {err!r}")
-        yield _Blobs(process, folder)
+            raise DeviceError(
+                f"{process.place}: python3 ended there with code {code}: {last_line(err)}"
+            )
+        yield _Blobs(link.host, process, folder)
