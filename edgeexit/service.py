@@ -200,11 +200,12 @@ def install(service: Service, *, start: bool = True) -> Path:
     """
     Write *service*'s unit, enable it and (re)start it; the path of the unit.
 
-    UsageError without the right to, DeviceError if systemd refuses: the unit stays, to be looked
-    at.
+    UsageError without the right to; DeviceError if no systemd runs (nothing is written then), or
+    if it refuses: the unit stays, to be looked at.
     """
     folder = folder_of(service.is_user_unit)
     _check_right(folder, service.is_user_unit)
+    _check_manager(service.is_user_unit)
     path = folder / service.unit
     write_file(path, service.text().encode(), mode=0o644)
     _systemctl(["daemon-reload"], service.is_user_unit)
@@ -220,6 +221,7 @@ def uninstall(unit: str, *, is_user_unit: bool) -> bool:
     if not path.exists():
         return False
     _check_right(path.parent, is_user_unit)
+    _check_manager(is_user_unit)
     _systemctl(["disable", "--now", unit], is_user_unit)
     path.unlink()
     _systemctl(["daemon-reload"], is_user_unit)
@@ -237,6 +239,7 @@ _FACTS = ("ActiveState", "SubState", "Result", "NRestarts", "StatusText", "ExecM
 
 def state(unit: str, *, is_user_unit: bool) -> dict[str, str]:
     """What systemd says of *unit*."""
+    _check_manager(is_user_unit)
     said = _systemctl(["show", unit, f"--property={','.join(_FACTS)}"], is_user_unit)
     pairs = (line.partition("=") for line in said.splitlines())
     return {key: printable(value) for key, _, value in pairs if key in _FACTS}
@@ -249,6 +252,20 @@ def _check_right(folder: Path, is_user_unit: bool) -> None:
         f"{folder}: only root may change the system's services",
         hint="use sudo, or --user-unit for a service of your own",
     )
+
+
+def _check_manager(is_user_unit: bool) -> None:
+    """A systemctl may be there without a systemd that it could speak to: in a container, say."""
+    try:
+        _systemctl(["show", "--property=Version"], is_user_unit)
+    except DeviceError as error:
+        whose = "of this user " if is_user_unit else ""
+        raise DeviceError(
+            f"no systemd {whose}answers here: {error}",
+            hint="log in over ssh as that user (not by su), or: loginctl enable-linger"
+            if is_user_unit
+            else "edgeexit run --app NAME SOURCE runs without one, until it is ended",
+        ) from error
 
 
 def _systemctl(words: Sequence[str], is_user_unit: bool) -> str:

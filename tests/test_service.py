@@ -402,6 +402,23 @@ def test_what_systemd_refuses_is_told(app: Path, systemd: Systemd, capsys: Captu
     assert "Hint: journalctl -n 20 -u edgeexit-tiny.service" in captured
 
 
+@pytest.mark.parametrize("unit", [[], ["--user-unit"]])
+def test_nothing_is_written_where_systemctl_has_no_systemd(
+    app: Path, systemd: Systemd, capsys: Captured, unit: list[str]
+) -> None:
+    folder = systemd()
+    (folder / "systemctl").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "systemd 252" && exit\n'
+        'echo "System has not been booted with systemd" >&2; exit 1\n'
+    )
+    for words in (["install", *unit, "camera:"], ["status", *unit, "--app", "tiny"]):
+        assert entry(["service", *words]) == 5
+        told = capsys.readouterr().err.splitlines()
+        assert "answers here: systemctl" in told[0]
+        assert told[1].startswith("Hint: ")
+    assert not list(folder.rglob("*.service"))
+
+
 def test_a_machine_without_systemd_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(DeviceError, match="no systemd"):
