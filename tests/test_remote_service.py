@@ -52,7 +52,7 @@ def test_where_sudo_wants_a_password_the_hint_is_the_line_that_asks_for_it(board
 
 
 def test_a_board_without_edgeexit_is_told_so(boards: Boards) -> None:
-    with pytest.raises(DeviceError, match="edgeexit is not on this board") as caught:
+    with pytest.raises(DeviceError, match="edgeexit is not installed there") as caught:
         asyncio.run(ask(boards().host(), ["status"], as_root=False))
 
     assert caught.value.hint == "edgeexit setup pi"

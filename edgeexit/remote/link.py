@@ -31,6 +31,7 @@ _READ_BYTES = 1 << 15
 
 # Whatever the login shell, HOME is found by a POSIX one.
 _HOME = "${EDGEEXIT_HOME:-$HOME/.local/share/edgeexit}"
+_PROGRAM = "env/current/bin/edgeexit"
 _MARK = "edgeexit-home:"
 
 
@@ -105,6 +106,18 @@ class Link:
             self._home = posixpath.normpath(found[-1])
         return self._home
 
+    async def program(self) -> str | None:
+        """The absolute path of edgeexit on the board, None if it is not installed there."""
+        path = f"{await self.home()}/{_PROGRAM}"
+        return path if (await self.run(["test", "-x", path])).code == 0 else None
+
+    def absent(self) -> DeviceError:
+        """What to say where there is no program."""
+        return DeviceError(
+            f"{self.host.name}: edgeexit is not installed there",
+            hint=f"edgeexit setup {self.host.name}",
+        )
+
     def talk(self, argv: Sequence[str], doing: str) -> AbstractAsyncContextManager[Talk]:
         """`async with` a Talk to the process *argv* on the board."""
         return talk(self.host, self._connection, argv, doing)
@@ -153,7 +166,7 @@ class Link:
         over this link) and its answer goes back as one line. A refusal of the board is raised as
         the error of its exit code, "HOST: message".
         """
-        program = f'exec "{_HOME}/env/current/bin/edgeexit" "$@"'
+        program = f'exec "{_HOME}/{_PROGRAM}" "$@"'
         argv = ["sh", "-c", program, "edgeexit", "agent", sub]
         process: Talk
         async with self.talk(argv, f"agent {sub}") as process:
@@ -194,10 +207,7 @@ class Link:
     async def _silent(self, process: Talk) -> DeviceError:
         code, err = await process.ended()
         if code in (126, 127):
-            return DeviceError(
-                f"{self.host.name}: edgeexit is not installed there",
-                hint=f"edgeexit setup {self.host.name}",
-            )
+            return self.absent()
         return DeviceError(
             f"{process.place}: ended with code {code} and without an answer: {last_line(err)}",
             hint=f"edgeexit doctor --host {self.host.name}",

@@ -19,13 +19,10 @@ async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> Done:
     does it by hand.
     """
     async with connect(host) as link:
-        home = await link.home()
-        argv = [f"{home}/env/current/bin/edgeexit", "service", *words]
-        if (await link.run(["test", "-x", argv[0]])).code:
-            raise DeviceError(
-                f"{host.name}: edgeexit is not on this board", hint=f"edgeexit setup {host.name}"
-            )
-        named = ["env", f"{ENVIRONMENT}={home}", *argv]
+        home, program = await link.home(), await link.program()
+        if program is None:
+            raise link.absent()
+        named = ["env", f"{ENVIRONMENT}={home}", program, "service", *words]
         asked = ["sudo", "-n", *named] if as_root and link.user != "root" else named
         if asked[0] == "sudo" and (await link.run(["sudo", "-n", "true"])).code:
             target = f"{link.user}@{host.address}"

@@ -38,7 +38,6 @@ FORMAT = 1
 Say = Callable[[Host, str], None]
 
 _PROBE_S, _INSTALL_S, _DOCTOR_S = 300.0, 3600.0, 600.0
-_NOT_SET_UP = (126, 127)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,7 @@ async def set_up(host: Host, stock: Stock, say: Say = lambda host, step: None) -
                 say(host, "installing, and running the self-test")
                 found = await _onboard(link, plan.python.path, {**order, "do": "install"})
             say(host, "asking its doctor")
-            findings = await _findings(link, board.home)
+            findings = await _findings(link)
             with understood(host):
                 facts = _facts(order, plan, found, findings, sent)
     is_new = found.values.get("built", False) or found.values.get("changed", False)
@@ -229,18 +228,22 @@ def _refusal(host: Host, said: Table) -> EdgeExitError:
     )
 
 
-async def _findings(link: Link, home: str) -> Table | None:
+async def _findings(link: Link) -> Table | None:
     """What the board's own quick doctor says; None if it does not."""
-    done = await _edgeexit(link, home, ["doctor", "--quick", "--json"])
     try:
+        done = await _doctor(link, ["--quick", "--json"])
         return parse_json(done.out[done.out.index(b"{") :], f"{link.host.name}: doctor")
-    except (ValueError, BadFile):
+    except LinkLost:
+        raise
+    except (ValueError, BadFile, DeviceError):
         return None
 
 
-async def _edgeexit(link: Link, home: str, arguments: Sequence[str]) -> Done:
-    program = f"{home}/env/current/bin/edgeexit"
-    return await link.run([program, *arguments], timeout_s=_DOCTOR_S)
+async def _doctor(link: Link, arguments: Sequence[str]) -> Done:
+    program = await link.program()
+    if program is None:
+        raise link.absent()
+    return await link.run([program, "doctor", *arguments], timeout_s=_DOCTOR_S)
 
 
 def _facts(
@@ -308,12 +311,10 @@ async def ask_doctor(host: Host, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and text of `edgeexit doctor ARGUMENTS` on *host*; DeviceError without setup."""
     with _of(host):
         async with connect(host) as link:
-            done = await _edgeexit(link, await link.home(), ["doctor", *arguments])
+            done = await _doctor(link, arguments)
             text = done.out.decode(errors="replace")
-            if done.code in _NOT_SET_UP:
-                raise DeviceError(
-                    "edgeexit is not on this board", hint=f"edgeexit setup {host.name}"
-                )
             if not text.strip():
-                raise DeviceError(f"its doctor fails: {last_line(done.err)}")
+                raise DeviceError(
+                    f"its doctor fails: {last_line(done.err)}", hint=f"edgeexit setup {host.name}"
+                )
     return done.code, text

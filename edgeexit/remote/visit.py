@@ -31,7 +31,7 @@ async def look_in(host: Host) -> Outcome:
             "device": None,
         }
         warnings = []
-        if await _is_installed(link):
+        if await link.program() is not None:
             said = await link.agent("hello", {"quick": True})
             facts |= {"edgeexit": link.version, "device": printable(str(said.get("device")))}
             if host.device not in (None, facts["device"]):
@@ -56,8 +56,3 @@ async def _python(link: Link) -> str:
             hint="on the board: sudo apt install python3",
         )
     return printable(found[-1][:40])
-
-
-async def _is_installed(link: Link) -> bool:
-    program = f"{await link.home()}/env/current/bin/edgeexit"
-    return (await link.run(["test", "-x", program])).code == 0
