@@ -1,7 +1,9 @@
 """Facts about doing the same on many boards: who begins when, rows, the exit code."""
 
 import asyncio
+import io
 import json
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -162,6 +164,29 @@ def test_an_answer_that_cannot_be_told_fails_alone(
     assert "h0  done" in rows[0] and "has 1" in rows[0]
     assert "h1  failed" in rows[1] and "a bug in edgeexit" in rows[1]
     assert "warning: h0: old\\x1b[2J" in captured.err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_on_a_terminal_one_line_tells_what_goes_on_and_leaves_nothing(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(sys, "stderr", screen)
+
+    with Live(2) as live:
+        live.step("a", "upload\x1b[2J")
+        live.step("b", "x" * 500)
+        live.ended("b")
+
+    shown = screen.getvalue()
+    if not is_terminal:
+        assert shown == ""
+        return
+    first, second, wiped, _ = shown.split("\r")[1:]
+    assert first.rstrip() == "0/2 boards a: upload\\x1b[2J"
+    assert second.startswith("0/2 boards a: upload\\x1b[2J, b: xxx") and len(second) == 110
+    assert wiped == " " * 110
 
 
 def test_ctrl_c_cancels_what_is_under_way_and_waits_for_it() -> None:

@@ -19,6 +19,7 @@ from edgeexit.errors import DeviceError, EdgeExitError, UsageError, from_os_erro
 
 _PROGRAM = "edgeexit"
 MOST_SHOWN = 2000
+_MOST_COLUMNS = 110
 
 COMMANDS = {
     "attach": "give a plain network exits, and show where they can go",
@@ -252,6 +253,33 @@ def percentage(context: click.Context, option: click.Parameter, value: str | Non
     except ValueError:
         raise click.BadParameter(f"{value!r} is neither 1% nor 0.01.", context, option) from None
     return finite(context, option, number)
+
+
+class StatusLine:
+    """One line on the terminal in the place of the last one; silent elsewhere."""
+
+    def __init__(self) -> None:
+        self.is_shown = sys.stderr is not None and sys.stderr.isatty()
+        self._width = 0
+
+    def __enter__(self) -> "StatusLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.wipe()
+
+    def show(self, text: str) -> None:
+        """Put *text* there, as much of it as a line takes."""
+        if self.is_shown:
+            line = one_line(text)[:_MOST_COLUMNS]
+            click.echo("\r" + line.ljust(self._width), err=True, nl=False)
+            self._width = len(line)
+
+    def wipe(self) -> None:
+        """Leave nothing there."""
+        if self._width:
+            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
+            self._width = 0
 
 
 def progress(*args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
 """What the commands for boards share: whom they mean, rows as boards end, one exit code."""
 
 import signal
-import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from edgeexit.cli import one_line, require_remote
+from edgeexit.cli import StatusLine, one_line, require_remote
 from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ Work = Callable[["Host"], Awaitable["Outcome"]]
 Words = Callable[[Mapping[str, Any]], str]
 
 _MOST_NAMED = 8
-_MOST_COLUMNS = 110
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -164,32 +162,23 @@ class Live:
     """One line on the terminal that tells what goes on where; silent elsewhere."""
 
     def __init__(self, boards: int) -> None:
-        self._boards, self._done, self._width = boards, 0, 0
+        self._boards, self._done, self._line = boards, 0, StatusLine()
         self._steps: dict[str, str] = {}
-        self._is_shown = sys.stderr is not None and sys.stderr.isatty()
 
-    def __enter__(self) -> None:
-        pass
+    def __enter__(self) -> "Live":
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._wipe()
+        self._line.wipe()
 
     def step(self, host: str, text: str) -> None:
         """*host* is at *text* now."""
         self._steps[host] = text
-        if self._is_shown:
-            at_work = ", ".join(f"{name}: {step}" for name, step in self._steps.items())
-            line = one_line(f"{self._done}/{self._boards} boards  {at_work}")[:_MOST_COLUMNS]
-            click.echo("\r" + line.ljust(self._width), err=True, nl=False)
-            self._width = len(line)
+        at_work = ", ".join(f"{name}: {step}" for name, step in self._steps.items())
+        self._line.show(f"{self._done}/{self._boards} boards  {at_work}")
 
     def ended(self, host: str) -> None:
         """*host* is through; its row comes now."""
         self._steps.pop(host, None)
         self._done += 1
-        self._wipe()
-
-    def _wipe(self) -> None:
-        if self._width:
-            click.echo("\r" + " " * self._width + "\r", err=True, nl=False)
-            self._width = 0
+        self._line.wipe()

@@ -1,15 +1,13 @@
 """`edgeexit profile`: measure what each exit costs on this machine, or on a board over ssh."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli import finite, percentage, require_remote
+from edgeexit.cli import StatusLine, finite, percentage, require_remote
 from edgeexit.errors import DeviceError, Disturbed, EdgeExitError, UsageError
 
 if TYPE_CHECKING:
@@ -242,7 +240,7 @@ def _measured_here(order: _Order) -> "tuple[Path, Profile]":
     book = path.with_name(f"{path.name}.part")
     _warn_of(children.running("edgeexit.timing"), "")
     try:
-        with _live() as show:
+        with StatusLine() as line:
             found = instrument.measure(
                 order.bundle,
                 asked,
@@ -253,7 +251,7 @@ def _measured_here(order: _Order) -> "tuple[Path, Profile]":
                 meter=order.meter,
                 notebook=book,
                 resume=order.resume,
-                on_step=show and (lambda step: show(report.live_line(step))),
+                on_step=(lambda step: line.show(report.live_line(step))) if line.is_shown else None,
                 save=lambda profile: profile.save(path),
             )
     except (KeyboardInterrupt, DeviceError, StorageError):
@@ -281,17 +279,15 @@ def _measured_there(order: _Order, host: "Host") -> "tuple[Path, Profile]":
         _warn_of(board.measuring, f"{host.name}: ")
 
     try:
-        with _live() as show:
+        with StatusLine() as line:
 
             def step(progress: Any) -> None:
                 nonlocal began
                 began = True
-                if show is not None:
-                    show(f"{host.name}: {report.live_line(progress)}")
+                line.show(f"{host.name}: {report.live_line(progress)}")
 
             def sent(done: int, total: int) -> None:
-                if show is not None:
-                    show(f"{host.name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB are there")
+                line.show(f"{host.name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB are there")
 
             found = asyncio.run(
                 profiling.measure(
@@ -323,23 +319,3 @@ def _warn_of(rivals: list[int], where: str) -> None:
             f"warning: {where}process {rivals[0]} is measuring, too: each will disturb the other",
             err=True,
         )
-
-
-@contextmanager
-def _live() -> Iterator[Callable[[str], None] | None]:
-    """Yield what shows a line on the terminal in place of the last one; None elsewhere."""
-    if sys.stderr is None or not sys.stderr.isatty():
-        yield None
-        return
-    width = 0
-
-    def show(line: str) -> None:
-        nonlocal width
-        text = line[: click.get_current_context().terminal_width or 110]
-        click.echo("\r" + text.ljust(width), err=True, nl=False)
-        width = len(text)
-
-    try:
-        yield show
-    finally:
-        click.echo("\r" + " " * width + "\r", err=True, nl=False)
