@@ -104,7 +104,7 @@ class Service:
 
     def _limits(self) -> list[str]:
         return [
-            f"MemoryMax={_value(self.memory_max)}",
+            f"MemoryMax={self.memory_max}",
             "MemorySwapMax=0",
             "TasksMax=64",
             # One core is left for whoever logs in to look.
@@ -156,7 +156,7 @@ class Service:
 def _value(text: str) -> str:
     if not text.isprintable():
         raise UsageError(f"a unit cannot hold {text!r}")
-    return text.replace("%", "%%") if not re.fullmatch(r"\d+%", text) else text
+    return text.replace("%", "%%")
 
 
 def _quoted(word: str, *, dollar: str = "$") -> str:

@@ -186,7 +186,9 @@ def test_an_address_is_taken_apart(text: str) -> None:
     assert parse_address(text) == ADDRESSES[text]
 
 
-@pytest.mark.parametrize("text", ["", "pi@", "pi@h:0", "pi@h:x", "pi@h:99999", "p i@h", "pi@-h"])
+@pytest.mark.parametrize(
+    "text", ["", "pi@", "pi@h:0", "pi@h:x", "pi@h:99999", "pi@h:1_0", "pi@h:٢", "p i@h", "pi@-h"]
+)
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_address(text)

@@ -156,6 +156,14 @@ def test_text_that_a_unit_cannot_hold_is_refused(change: dict[str, object]) -> N
         made(**change).text()
 
 
+def test_words_arrive_as_they_were_typed() -> None:
+    words = ("/bin/true", "100%", "%h", "$HOME", 'a "b"', "")
+    text = made(arguments=words, memory_max="50%").text()
+
+    assert 'ExecStart=/bin/true "100%%" "%%h" "$$HOME" "a \\"b\\"" ""\n' in text
+    assert "MemoryMax=50%\n" in text
+
+
 # ---------------------------------------------------------------- what it forbids
 
 

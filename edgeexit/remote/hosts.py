@@ -84,10 +84,8 @@ def parse_address(text: str) -> tuple[str | None, str, int | None]:
         address, port_text = match[1], match[2] or ""
     elif rest.count(":") == 1:
         address, _, port_text = rest.partition(":")
-    try:
-        port = int(port_text) if port_text else None
-    except ValueError:
-        port = 0
+    is_number = port_text.isascii() and port_text.isdigit() and len(port_text) < 6
+    port = None if not port_text else int(port_text) if is_number else 0
     host = Host(name="host", address=address, user=user or None, port=port)
     checked(host)
     return host.user, host.address, host.port
