@@ -126,6 +126,10 @@ def test_a_device_is_measured_on_the_board_that_hosts_toml_names(
     fake = replayed(tmp_path / "tree", "Raspberry Pi 4 Model B Rev 1.4")
     board = install(boards(), **fake)
     Hosts.read().add(host_of(board, device="rpi4"))
+    old = board.home / "blobs" / ("a" * 64)
+    old.parent.mkdir()
+    old.touch()
+    os.utime(old, (0, 0))
     master, slave = pty.openpty()
     command = [sys.executable, "-m", "edgeexit", "profile", "--device", "rpi4", "--json", *FAST]
     with Path("out").open("wb") as out:
@@ -151,6 +155,7 @@ def test_a_device_is_measured_on_the_board_that_hosts_toml_names(
     with pytest.raises(Disturbed, match="EDGEEXIT_SYSROOT"):
         check_verdict(found, accept_disturbed=True)
     assert results(board) == []
+    assert not old.exists()
     assert not list(folder.glob("*.part*"))
 
 

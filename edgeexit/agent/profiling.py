@@ -19,6 +19,7 @@ from typing import Any
 
 from edgeexit import instrument
 from edgeexit.agent import Talk
+from edgeexit.agent.delivery import LOCK
 from edgeexit.blobs import Blobs
 from edgeexit.blocks import Mode
 from edgeexit.bundle import MANIFEST, Bundle, load_bundle
@@ -124,7 +125,7 @@ def profile(order: Table, talk: Talk) -> Mapping[str, Any]:
         with storage(folder):
             shutil.rmtree(folder)
         # What was uploaded may serve a deployment that follows, and goes an hour later.
-        with suppress(StorageError):
+        with suppress(StorageError, Busy), hold(home / LOCK, "this board"):
             Blobs(home).collect()
     return {"id": asked.id}
 

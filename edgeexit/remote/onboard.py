@@ -28,7 +28,7 @@ SETUP = "setup.json"
 _WHEELS = "wheels.json"
 _ID = re.compile(r"[0-9a-f]{16}")
 _UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.(part|old)|\.(current|previous)\.part")
-_BLOB = re.compile(r"[0-9a-f]{64}(\.part)?")
+_BLOB = re.compile(r"[0-9a-f]{64}((\.\d+)?\.part)?|\.probe")
 _LOCKED_S = 10.0
 _CHECK_S = 900.0
 _FULL = "free some space on the board: du -xh --max-depth=2 / shows what is large"
@@ -372,6 +372,8 @@ def _is_app(path: Path) -> bool:
 
 
 def _is_result(path: Path) -> bool:
+    if path.name == "lock":
+        return path.is_file()
     return bool(re.fullmatch(r"[0-9a-f]{16,64}", path.name)) and path.is_dir()
 
 
