@@ -8,6 +8,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import answers
 import arm
 import numpy as np
 import pytest
-from board import Board
+from board import Board, layers, register
 from login import Login
 from machine import Machine
 
@@ -181,6 +182,30 @@ def answered(done: Done) -> list[dict[str, Any]]:
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     return [{k: v for k, v in line.items() if k not in ("latency_ms", "input")} for line in lines]
+
+
+def test_one_that_is_started_by_hand_tells_how_to_log_in_and_leaves_nothing(
+    tmp_path: Path,
+) -> None:
+    with arm.or_skip():
+        layers(ready=False)
+        register()
+    program = subprocess.Popen(
+        [sys.executable, str(arm.CHECKOUT / "bench/arm/board.py"), "rpi4", "bare"],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with program:
+        assert program.stdout is not None
+        ssh, agent, add, key = (program.stdout.readline().strip() for _ in range(4))
+        logged_in = subprocess.run([*shlex.split(ssh), "true"], check=False)
+        program.send_signal(signal.SIGTERM)
+    assert (logged_in.returncode, program.returncode) == (0, 0)
+    assert f"ssh-add {tmp_path}/" in agent
+    assert add.startswith("edgeexit hosts add rpi4 pi@127.0.0.1:")
+    assert key.startswith("its host key: SHA256:")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_board_had_nothing_but_python(said: dict[str, Done]) -> None:

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -224,18 +224,24 @@ def register() -> None:
 
 
 def main() -> None:
-    """`python bench/arm/board.py KIND [bare]`: stand until interrupted, and say how to log in."""
+    """`python bench/arm/board.py KIND [bare]`: stand until ended, and say how to log in."""
+    import signal
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        board = Board(sys.argv[1], Path(folder), ready="bare" not in sys.argv[2:])
+    # In the background a shell lets SIGINT be ignored; a board must not outlive SIGTERM either.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    kind = sys.argv[1]
+    with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:
+        board = Board(kind, Path(folder), ready="bare" not in sys.argv[2:])
         with board.login() as login:
-            print(f"ssh -F {login.config} -p {login.port} {login.user}@{login.address}", flush=True)
-            try:
-                while True:
-                    time.sleep(3600)
-            except KeyboardInterrupt:
-                pass
+            where = f"{login.user}@{login.address}"
+            print(f"ssh -F {login.config} -p {login.port} {where}")
+            print(f"edgeexit reaches it with its key in your agent: ssh-add {login.key}")
+            print(f"edgeexit hosts add {kind} {where}:{login.port} --device {kind}")
+            print(f"its host key: {login.fingerprint}", flush=True)
+            while True:
+                time.sleep(3600)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ How one gets onto a board that is not there: its accounts, throw-away keys, what
 Callers see Login, accounts, keygen and must. An unprivileged user, who has a key and no password.
 """
 
+import base64
+import hashlib
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,12 @@ class Login:
     config: Path
     files: Path | None
     log: Path
+
+    @property
+    def fingerprint(self) -> str:
+        """The host key's "SHA256:...", as ssh-keygen and `edgeexit hosts add` show it."""
+        digest = hashlib.sha256(base64.b64decode(self.host_key.split()[1])).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
     @classmethod
     def on_loopback(cls, port: int, keys: Path, *, files: Path | None, log: Path) -> "Login":
