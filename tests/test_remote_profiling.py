@@ -442,6 +442,10 @@ def test_a_board_that_gives_another_profile_is_not_believed(folder: Path, boards
             measure(host_of(board))
         assert caught.value.exit_code == 3
         assert not Path("profile.json").exists()
+    liar = folder / "liar.py"
+    liar.write_text(liar.read_text().replace("path=str(lie)", "path='\\ud800'"))
+    with pytest.raises(DeviceError, match="in the board's answer"):
+        measure(host_of(board))
 
 
 LIAR = """

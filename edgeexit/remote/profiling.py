@@ -171,6 +171,8 @@ class _Talk:
         with understood(self._link.host):
             fetch = table.table("fetch")
             path, sha256 = fetch.get("path", str), fetch.get("sha256", str)
+            if not path.isprintable():
+                raise BadFile(f"{fetch.where}: path: {printable(path[:80])}")
         await self._take(path, sha256)
         return {"fetched": True}
 
