@@ -39,6 +39,9 @@ def read_inputs(
     """
     for name in names:
         try:
+            if not name:
+                # A variable that is not set; pathlib would take it for the folder that we are in.
+                raise UsageError("an empty name, expected a picture, a folder or an array file")
             if name == STDIN:
                 yield from _frames(stdin, preprocess, shape)
                 continue

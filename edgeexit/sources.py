@@ -133,6 +133,8 @@ def find(name: str) -> Spec | None:
     """
     kind, colon, rest = name.partition(":")
     if not colon:
+        if name in SOURCES and not Path(name).exists():
+            raise UsageError(f"{name}: no such file", hint=f"the source has a colon: {name}:")
         is_video = name.lower().endswith(VIDEO_SUFFIXES) and not Path(name).is_dir()
         return Spec(kind="video", address=name) if is_video else None
     if kind not in SOURCES:
@@ -187,7 +189,7 @@ def _camera(spec: Spec) -> Frames:
         raise UsageError(
             f"{spec}: picamera2 is not installed here",
             hint="sudo apt install python3-picamera2, then from the laptop: "
-            "edgeexit setup --camera (a USB camera: v4l2:/dev/video0)",
+            "edgeexit setup NAME --camera (a USB camera: v4l2:/dev/video0)",
         ) from error
     camera = Picamera2(int(number))
     try:

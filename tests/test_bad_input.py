@@ -116,6 +116,7 @@ def twice() -> bytes:
         (["run", "good.png", "--policy", "absent.json"], 2, "no such file"),
         (["run", "good.png", "--policy", "/dev/zero"], 2, "pipe or device"),
         (["run", "/dev/zero"], 2, "pipe or device"),
+        (["run", ""], 2, "an empty name"),
         (["run", "--bundle", "a" * 5000], 2, "name too long"),
         (["run", "a" * 5000 + ".png"], 2, "name too long"),
         (["run", "good.png", "--log", BUNDLE], 11, "Is a directory"),

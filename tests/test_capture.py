@@ -288,6 +288,7 @@ def test_spelling(name: str, shown: str) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
+        ("camera", "camera: no such file"),
         ("kamera:", "no input source named 'kamera'"),
         ("camera:0,sise=1x1", "no option of camera: named 'sise'"),
         ("camera:fps=1,fps=2", "fps stands twice"),
