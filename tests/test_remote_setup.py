@@ -143,6 +143,10 @@ def test_a_pc_is_set_up_once_asked_mended_and_cleared(
 
     code, text = edgeexit("uninstall", "pc", "--all", "--json")
     assert (code, "--yes" in text) == (2, True)
+    code, text = edgeexit("uninstall", "pc", "--all")
+    assert (code, "no terminal to ask" in text) == (2, True)
+    code, text = edgeexit("uninstall", "pc", "--all", "--dry-run")
+    assert (code, " in blobs" in text, "env/current" in text) == (0, True, True), text
     code, document = edgeexit("uninstall", "pc", "--all", "--yes", "--json")
     assert (code, document["boards"][0]["status"]) == (0, "done")
     assert not board.home.exists()

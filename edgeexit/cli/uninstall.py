@@ -1,5 +1,6 @@
 """`edgeexit uninstall`: take edgeexit off boards again."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,8 @@ import click
 from edgeexit.cli.fleet import Live, fleet_options, meant, work_on
 from edgeexit.errors import UsageError
 
-_MOST_NAMED = 8
+# Of each folder.
+_MOST_NAMED = 4
 
 
 @click.command("uninstall", short_help="take edgeexit off a board again")
@@ -60,6 +62,11 @@ def command(
     if everything and not dry and not yes:
         if as_json:
             raise UsageError("--all with --json asks nobody", hint="add --yes")
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise UsageError(
+                "--all asks first, and there is no terminal to ask",
+                hint="--all --dry-run lists what would go; add --yes",
+            )
         work(True, "would remove", **fleet)
         click.confirm("Remove all of that?", abort=True, err=True)
     work(dry, "would remove" if dry else "removed", **fleet)
@@ -68,8 +75,13 @@ def command(
 def _told(facts: Mapping[str, Any], verb: str) -> str:
     removed = facts["removed"]
     size_mb = sum(size for _, size in removed) / 1e6
-    shown = ", ".join(name for name, _ in removed[:_MOST_NAMED])
-    more = f" and {len(removed) - _MOST_NAMED} more" if len(removed) > _MOST_NAMED else ""
-    told = f"{verb} {shown}{more} ({size_mb:.1f} MB)" if removed else "nothing of edgeexit's there"
+    folders: dict[str, list[str]] = {}
+    for name, _ in removed:
+        folders.setdefault(name.partition("/")[0], []).append(name)
+    shown = ", ".join(
+        ", ".join(names) if len(names) <= _MOST_NAMED else f"{len(names)} in {folder}"
+        for folder, names in folders.items()
+    )
+    told = f"{verb} {shown} ({size_mb:.1f} MB)" if removed else "nothing of edgeexit's there"
     left = f"; left alone: {', '.join(facts['left'])}" if facts["left"] else ""
     return f"{told}{left} in {facts['home']}"
