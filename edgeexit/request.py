@@ -289,11 +289,12 @@ def check_verdict(profile: Profile, *, accept_disturbed: bool = False) -> Verdic
     that has not converged passes: its costs are right, but less sure than asked for.
     """
     verdict = judge(profile)
+    again = f"edgeexit profile --device {profile.device}"
     if verdict.status == EMULATED:
-        hint = f"measure on the {profile.device} itself with: edgeexit profile"
+        hint = f"measure on the board itself with: {again}"
     elif verdict.status == DISTURBED and not accept_disturbed:
         hint = (
-            "measure again while nothing else runs with: edgeexit profile; or take it as it is "
+            f"measure again while nothing else runs with: {again}; or take it as it is "
             "with --accept-disturbed"
         )
     else:
