@@ -104,10 +104,13 @@ _WRONG_PATH = (
 )
 
 
+# The kinds drawn above, by exit code: whoever derives from them elsewhere adds none.
+KINDS = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
+
+
 def kind_of(exit_code: object) -> type[EdgeExitError]:
     """The class of refusals with this *exit_code*; DeviceError for what no refusal has."""
-    kinds = (kind for kind in EdgeExitError.__subclasses__() if kind.exit_code == exit_code)
-    return next(kinds, DeviceError)
+    return KINDS.get(exit_code, DeviceError) if isinstance(exit_code, int) else DeviceError
 
 
 def from_os_error(error: OSError, path: Path | str | None = None) -> EdgeExitError | None:

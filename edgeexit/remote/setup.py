@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeexit.errors import (
+    KINDS,
     BadFile,
     DeviceError,
     EdgeExitError,
@@ -96,7 +97,7 @@ def _of(host: Host) -> Iterator[None]:
 
 def _named(host: Host, kind: type[EdgeExitError], message: str, hint: str | None) -> EdgeExitError:
     # Of kinds below the documented ones only the documented one can be made anew.
-    kind = next(k for k in kind.__mro__ if k in (*EdgeExitError.__subclasses__(), EdgeExitError))
+    kind = next(k for k in kind.__mro__ if k in (*KINDS.values(), EdgeExitError))
     return kind(f"{host.name}: {message}", hint=hint)
 
 

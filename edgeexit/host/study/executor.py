@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from time import monotonic
 
-from edgeexit.errors import Busy, EdgeExitError, storage
+from edgeexit.errors import KINDS, Busy, EdgeExitError, storage
 from edgeexit.host.study.job import RESULT
 from edgeexit.host.study.trial import LOCK
 from edgeexit.locks import is_held
@@ -20,7 +20,6 @@ LOG = "log.txt"
 MOST_STARTS = 3
 RETRY_S = 1.0
 STOP_S = 10.0
-KINDS = {kind.exit_code: kind for kind in EdgeExitError.__subclasses__()}
 INTERRUPTED = 130
 
 
