@@ -460,3 +460,12 @@ def test_of_several_boards_the_broken_one_is_named_and_the_others_answer(
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines()}
     assert rows == {"good": "done", "gone": "failed"}
     assert "Hint: gone" in err
+
+
+def test_no_board_at_all_is_refused_with_words_that_every_command_knows() -> None:
+    with pytest.raises(UsageError, match="no board named") as caught:
+        chosen([], [], Hosts(Path("hosts.toml"), ()))
+    # setup and uninstall take names as arguments, deploy and rollback behind --host.
+    assert caught.value.hint == (
+        "NAME or USER@ADDRESS (deploy and rollback: --host NAME), or --label LABEL"
+    )

@@ -40,6 +40,11 @@ def test_a_user_s_unit_needs_no_sudo(boards: Boards) -> None:
 def test_where_sudo_wants_a_password_the_hint_is_the_line_that_asks_for_it(boards: Boards) -> None:
     board = boards(user="pi")
     board.program(ECHO)
+    sudo = board.folder / "bin" / "sudo"
+    sudo.parent.mkdir()
+    sudo.write_text("#!/bin/sh\necho 'sudo: a password is required' >&2; exit 1\n")
+    sudo.chmod(0o755)
+    (board.folder / ".bashrc").write_text(f"PATH={sudo.parent}:$PATH\n")
     words = ["install", "watch:/srv/my pictures", "--", "--rate", "5"]
     with pytest.raises(DeviceError, match="pi: sudo wants a password there") as caught:
         asyncio.run(ask(board.host(), words, as_root=True))
@@ -49,6 +54,20 @@ def test_where_sudo_wants_a_password_the_hint_is_the_line_that_asks_for_it(board
     program = str(board.home / "env" / "current" / "bin" / "edgeexit")
     named = ["sudo", "env", f"EDGEEXIT_HOME={board.home}", program, "service", *words]
     assert shlex.split(typed[5]) == named
+
+
+def test_a_board_without_sudo_is_told_so(boards: Boards) -> None:
+    board = boards(user="pi")
+    board.program(ECHO)
+    programs = board.folder / "bin"
+    programs.mkdir()
+    for name in ("sh", "bash", "id", "env", "cat", "readlink", "test", "printf"):
+        (programs / name).symlink_to(f"/bin/{name}")
+    (board.folder / ".bashrc").write_text(f"PATH={programs}\n")
+    with pytest.raises(DeviceError, match="pi: no sudo there, and pi is not root") as caught:
+        asyncio.run(ask(board.host(), ["install", "camera:"], as_root=True))
+
+    assert "--user-unit" in (caught.value.hint or "")
 
 
 def test_a_board_without_edgeexit_is_told_so(boards: Boards) -> None:

@@ -243,7 +243,10 @@ def chosen(names: Sequence[str], labels: Sequence[str], hosts: Hosts | None = No
     if labels:
         found += hosts.labelled(labels)
     if not found:
-        raise UsageError("no board named", hint="--host NAME or USER@ADDRESS, or --label LABEL")
+        raise UsageError(
+            "no board named",
+            hint="NAME or USER@ADDRESS (deploy and rollback: --host NAME), or --label LABEL",
+        )
     return list({host.name: host for host in found}.values())
 
 

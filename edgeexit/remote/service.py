@@ -10,13 +10,16 @@ from edgeexit.releases import ENVIRONMENT
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Done, connect
 
+# What a shell says of a program that is not there.
+_NOT_FOUND = 127
+
 
 async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> Done:
     """
     What `edgeexit service WORDS` says on *host*; any exit code is an answer.
 
-    DeviceError without setup, or if sudo wants a password there: the hint is then the line that
-    does it by hand.
+    DeviceError without setup or sudo, or if sudo wants a password there: the hint is then the
+    line that does it by hand.
     """
     async with connect(host) as link:
         home, program = await link.home(), await link.program()
@@ -24,7 +27,13 @@ async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> Done:
             raise link.absent()
         named = ["env", f"{ENVIRONMENT}={home}", program, "service", *words]
         asked = ["sudo", "-n", *named] if as_root and link.user != "root" else named
-        if asked[0] == "sudo" and (await link.run(["sudo", "-n", "true"])).code:
+        refused = (await link.run(["sudo", "-n", "true"])).code if asked[0] == "sudo" else 0
+        if refused == _NOT_FOUND:
+            raise DeviceError(
+                f"{host.name}: no sudo there, and {link.user} is not root",
+                hint="--user-unit needs no root; or log in as root",
+            )
+        if refused:
             target = f"{link.user}@{host.address}"
             port = [] if host.port in (None, 22) else ["-p", str(host.port)]
             line = shlex.join(["ssh", "-t", *port, target, shlex.join(["sudo", *named])])
