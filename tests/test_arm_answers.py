@@ -150,9 +150,14 @@ def test_the_emulated_board_says_that_it_is_one(
 
 
 @pytest.mark.host
-def test_a_processor_without_dot_products_answers_alike(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "names", [arm.SMALL, pytest.param((*RECUT, *SHIPPED), marks=pytest.mark.slow)], ids=len
+)
+def test_a_processor_without_dot_products_answers_alike(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
     folder = arm.nets(arm.SMALL)
-    paths = [folder / f"{name}.edgeexit" for name in arm.SMALL]
+    paths = [(EXAMPLES if name in SHIPPED else folder) / f"{name}.edgeexit" for name in names]
     both = ask_both("rpi4", dict.fromkeys(paths, 5), tmp_path)
 
     for path in paths:
