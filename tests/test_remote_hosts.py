@@ -155,6 +155,14 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(tmp_path: Path, case:
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.parametrize("target", ["nowhere.toml", "hosts.toml"])
+def test_a_link_to_nothing_is_no_absent_file(tmp_path: Path, target: str) -> None:
+    (tmp_path / "hosts.toml").symlink_to(target)
+
+    with pytest.raises(UsageError, match=r"hosts\.toml"):
+        Hosts.read(tmp_path / "hosts.toml")
+
+
 def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(BadFile, match="at most"):
         written(tmp_path, "#" * (5 << 20))
@@ -187,7 +195,20 @@ def test_an_address_is_taken_apart(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "pi@", "pi@h:0", "pi@h:x", "pi@h:99999", "pi@h:1_0", "pi@h:٢", "p i@h", "pi@-h"]
+    "text",
+    [
+        "",
+        "pi@",
+        "pi@h:0",
+        "pi@h:x",
+        "pi@h:99999",
+        "pi@h:",
+        "pi@[::1]:",
+        "pi@h:1_0",
+        "pi@h:٢",
+        "p i@h",
+        "pi@-h",
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
@@ -221,6 +242,8 @@ def test_the_address_of_a_known_board_is_that_board_with_its_pinned_key(
         ([], ["lap"], "lab"),
         ([], [], "--host"),
         (["other"], [], "edgeexit hosts add other"),
+        (["10.0.0.1"], [], "USER@ADDRESS"),
+        ([], ["nobody"], "edgeexit hosts add NAME --label nobody"),
     ],
 )
 def test_an_unknown_name_or_label_is_told_with_the_next_step(

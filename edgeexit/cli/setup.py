@@ -73,6 +73,9 @@ def _told(facts: Mapping[str, Any]) -> str:
         f"self-test {facts['selftest']}",
     ]
     if "doctor" in facts:
-        counts = (f"{count} {what}" for what, count in facts["doctor"].items())
+        counts = (
+            f"{count} {what.removesuffix('s') if count == 1 else what}"
+            for what, count in facts["doctor"].items()
+        )
         said.append(f"its doctor: {', '.join(counts)}")
     return "; ".join(said)

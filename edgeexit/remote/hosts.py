@@ -79,13 +79,15 @@ def _key_blob(host_key: str) -> bytes:
 def parse_address(text: str) -> tuple[str | None, str, int | None]:
     """User, address and port of "[user@]address[:port]"; an IPv6 address with a port in [ ]."""
     user, _, rest = text.rpartition("@")
-    address, port_text = rest, ""
+    address: str = rest
+    port_text: str | None = None
     if match := re.fullmatch(r"\[([^\]]*)\](?::(.*))?", rest):
-        address, port_text = match[1], match[2] or ""
+        address, port_text = match[1], match[2]
     elif rest.count(":") == 1:
         address, _, port_text = rest.partition(":")
-    is_number = port_text.isascii() and port_text.isdigit() and len(port_text) < 6
-    port = None if not port_text else int(port_text) if is_number else 0
+    port = None if port_text is None else 0
+    if port_text and port_text.isascii() and port_text.isdigit() and len(port_text) < 6:
+        port = int(port_text)
     host = Host(name="host", address=address, user=user or None, port=port)
     checked(host)
     return host.user, host.address, host.port
@@ -151,7 +153,7 @@ class Hosts:
         BadFile names the key that is wrong.
         """
         path = path or Path(os.environ.get(ENVIRONMENT) or "hosts.toml")
-        if not path.exists():
+        if not os.path.lexists(path):  # a link to nothing is no absent file
             return cls(path, ())
         read_bytes(path, limit_bytes=MAX_FILE_BYTES)
         document = read_toml(path)
@@ -171,10 +173,11 @@ class Hosts:
             if host.name == name:
                 return host
         error = unknown(name, [host.name for host in self.all], "host")
+        is_address = "." in name or not _NAME.fullmatch(name)
         error.hint = error.hint or (
-            f"edgeexit hosts add {name} USER@ADDRESS, or name it as USER@ADDRESS"
-            if _NAME.fullmatch(name)
-            else "edgeexit hosts list shows the names"
+            "an address is named as USER@ADDRESS; edgeexit hosts list shows the names"
+            if is_address
+            else f"edgeexit hosts add {name} USER@ADDRESS; edgeexit hosts list shows the names"
         )
         raise error
 
@@ -183,7 +186,9 @@ class Hosts:
         wanted = set(labels)
         known = {label for host in self.all for label in host.labels}
         for label in sorted(wanted - known):
-            raise unknown(label, known, "label")
+            error = unknown(label, known, "label")
+            error.hint = error.hint or f"edgeexit hosts add NAME --label {label}"
+            raise error
         return [host for host in self.all if wanted & set(host.labels)]
 
     def add(self, host: Host) -> "Hosts":

@@ -235,9 +235,8 @@ def _pip(
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line.partition(":")[2].strip() for line in lines if line.startswith("ERROR:")]
     said = printable((errors or lines or ["it said nothing"])[0])[:300]
-    offline = (
-        f"where there is internet: {_by_hand(target, wanted)}; then edgeexit setup --wheels DIR"
-    )
+    by_hand = _by_hand(target, wanted)
+    offline = f"where there is internet: {by_hand}; then edgeexit setup NAME --wheels DIR"
     if source is not None:
         raise UsageError(f"{source}: {said}", hint=f"add what is missing; {offline}")
     if any(_DISCONNECTED.search(line) for line in lines):
