@@ -144,6 +144,7 @@ def test_heads_are_as_wide_as_one_says(here: Path) -> None:
         (["--head", "convs", *["--widths", "6"] * 3], "widths: found 3 lists, expected 2"),
         (["--widths", "6"], "widths: a head of the kind 'average' has none"),
         (["--list", "--widths", "6"], "--list only shows places"),
+        (["--list", "--head", "nonsense"], "--list only shows places"),
     ],
 )
 def test_widths_that_do_not_fit_are_one_line(

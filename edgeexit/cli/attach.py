@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from edgeexit.cli import require_host
 from edgeexit.cli.steps import Steps
@@ -92,8 +93,10 @@ def command(
         "on_step": steps,
     }
     if is_list:
-        if at or exits or widths or out:
-            raise UsageError("--list only shows places: leave out --at, --exits, --widths and -o")
+        source = click.get_current_context().get_parameter_source("head")
+        if at or exits or widths or out or source is not ParameterSource.DEFAULT:
+            unused = "--at, --exits, --head, --widths and -o"
+            raise UsageError(f"--list only shows places: leave out {unused}")
         rows = list_taps(model, **given)
         if as_json:
             click.echo(json_bytes({"taps": [row.to_document() for row in rows]}), nl=False)
