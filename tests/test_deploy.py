@@ -148,7 +148,9 @@ def test_deploy_and_rollback_on_this_very_machine(
     bundle: Bundle, capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EDGEEXIT_HOME", str(tmp_path / "board"))
+    usual = signal.getsignal(signal.SIGINT)
     code, first = asked(capsys, "deploy", "--here")
+    assert signal.getsignal(signal.SIGINT) is usual
     assert (code, statuses(first)) == (0, ["done"])
     bundle.policy_path("host").unlink()
     code, second = asked(capsys, "deploy", "--here", "--dry-run")

@@ -78,7 +78,8 @@ def meant(names: Sequence[str], labels: Sequence[str] = (), is_here: bool = Fals
     if names or labels:
         raise UsageError("--here is this machine: leave --host and --label out")
     # asyncio's own handler waits for the work's next await, and work on this machine has none.
-    signal.signal(signal.SIGINT, _interrupt)
+    previous = signal.signal(signal.SIGINT, _interrupt)
+    click.get_current_context().call_on_close(lambda: signal.signal(signal.SIGINT, previous))
     return [Host(name="here", address="localhost")]
 
 
