@@ -199,7 +199,7 @@ def test_the_whole_command_does_not_grow_either(tmp_path: Path, count: int) -> N
         )
     seen: list[list[int]] = []
     try:
-        for share in (0.2, 0.6):
+        for share in (0.2, 0.8):
             while log.read_bytes().count(b"\n") < share * count:
                 assert process.poll() is None
                 time.sleep(0.02)

@@ -144,7 +144,7 @@ def test_it_ends_at_once_and_takes_its_programs_along() -> None:
 
     assert sampler._process.returncode == 0
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    assert sampler.rate_hz is not None or len(sampler.samples) < 2
+    assert (sampler.rate_hz is None) == (len(sampler.samples) < 2)
 
 
 def test_samples_wait_in_the_process_when_nobody_reads(chip: Path) -> None:
