@@ -65,13 +65,16 @@ def seal(name, size):
     path = os.path.join(folder, name)
     part = path + ".part"
     found = look(name, size)
-    if found["whole"] or found["part"] < size:  # another upload of the same was faster
+    if found["whole"] or found["part"] < size:
         return found
-    if digest(part) != name:
-        os.unlink(part)
-        return {"whole": False, "part": 0}
-    sync(part, os.O_RDONLY)
-    os.rename(part, path)
+    try:
+        if digest(part) != name:
+            os.unlink(part)
+            return {"whole": False, "part": 0}
+        sync(part, os.O_RDONLY)
+        os.rename(part, path)
+    except FileNotFoundError:  # another upload of the same was faster
+        return look(name, size)
     sync(folder, os.O_RDONLY | os.O_DIRECTORY)
     return {"whole": True, "part": size}
 def room(name, size):
@@ -196,7 +199,8 @@ async def _arrived(
     waiting: deque[tuple["asyncio.Task[int]", int]], on_bytes: Callable[[int], None]
 ) -> int:
     task, count = waiting[0]
-    await task
+    # Cancelled alone, this piece would be left out and those begun behind it sent: a hole in .part.
+    await asyncio.shield(task)
     waiting.popleft()
     on_bytes(count)
     return count
