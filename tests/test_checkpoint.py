@@ -13,12 +13,12 @@ torch = pytest.importorskip("torch")
 from edgeexit.calibration import make_set  # noqa: E402
 from edgeexit.errors import BadFile, UsageError  # noqa: E402
 from edgeexit.host.checkpoint import (  # noqa: E402
-    Purpose,
     load_checkpoint,
     save_again,
     save_checkpoint,
 )
 from edgeexit.host.model import attach  # noqa: E402
+from edgeexit.host.purpose import Purpose  # noqa: E402
 from edgeexit.host.zoo import resnet  # noqa: E402
 from edgeexit.overlap import Bloom, sample_digests  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402

@@ -30,6 +30,7 @@ pytest.importorskip("litert_torch")
 from edgeexit.host import answers, zoo  # noqa: E402
 from edgeexit.host.checkpoint import save_checkpoint  # noqa: E402
 from edgeexit.host.convert import convert  # noqa: E402
+from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from edgeexit.runtime import Runner  # noqa: E402
 from tests import host_nets  # noqa: E402
 
@@ -102,7 +103,7 @@ def test_a_checkpoint_becomes_a_bundle_whose_runner_agrees_with_torch(bundle, wo
     network = zoo.resnet(**KWARGS)
     network.load_state_dict(model["state_dict"])
     reals = answers.RealSamples(host_nets.pictures(40, size=SIZE, seed=9), PREPROCESS)
-    expected = list(answers.torch_logits(network, reals).values())
+    expected = list(torch_logits(network, reals).values())
     with Runner(bundle, policy=None) as runner:
         found = np.stack([runner.logits(sample) for sample in reals.samples], axis=1)
     for k in range(3):

@@ -8,11 +8,12 @@ pytest.importorskip("litert_torch")
 
 from edgeexit.errors import BadFile  # noqa: E402
 from edgeexit.host import lower, zoo  # noqa: E402
-from edgeexit.host.answers import RealSamples, torch_logits  # noqa: E402
+from edgeexit.host.answers import RealSamples  # noqa: E402
 from edgeexit.host.fakequant import Simulated  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.quantize import _real_logits, int8  # noqa: E402
 from edgeexit.host.recover import typical  # noqa: E402
+from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from tests import host_nets, trained  # noqa: E402
 
 

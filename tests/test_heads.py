@@ -13,7 +13,7 @@ pytest.importorskip("litert_torch")
 
 from edgeexit import tflite  # noqa: E402
 from edgeexit.host import lower, zoo  # noqa: E402
-from edgeexit.host.answers import RealSamples, check_parity, tflite_logits, torch_logits  # noqa: E402
+from edgeexit.host.answers import RealSamples, check_parity, tflite_logits  # noqa: E402
 from edgeexit.host.convert import check_chain  # noqa: E402
 from edgeexit.host.heads import (  # noqa: E402
     init_from_class_means,
@@ -23,6 +23,7 @@ from edgeexit.host.heads import (  # noqa: E402
 from edgeexit.host.layers import ConvUnit, ExitHead, PooledHead  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
 from edgeexit.host.quantize import int8  # noqa: E402
+from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
 from tests import host_nets  # noqa: E402
 

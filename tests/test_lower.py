@@ -12,6 +12,7 @@ pytest.importorskip("litert_torch")
 from edgeexit import tflite  # noqa: E402
 from edgeexit.host import answers, lower, zoo  # noqa: E402
 from edgeexit.host.model import attach  # noqa: E402
+from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from tests import host_nets  # noqa: E402
 
 
@@ -35,7 +36,7 @@ def lowered(net):
 
 def test_every_exit_answers_as_in_torch_under_its_own_name(net, lowered) -> None:
     model, reals = net
-    expected = answers.torch_logits(model, reals)
+    expected = torch_logits(model, reals)
     found = answers.tflite_logits(lowered.data, lowered.exits, reals)
 
     errors = answers.check_parity(expected, found, reals)
@@ -54,7 +55,7 @@ def test_a_network_trained_channels_last_is_lowered_as_it_answers() -> None:
 
     found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
 
-    expected = answers.torch_logits(model, reals)
+    expected = torch_logits(model, reals)
     answers.check_parity(expected, answers.tflite_logits(found.data, found.exits, reals), reals)
     assert [weight.stride() for weight in model.parameters()] == strides
 
@@ -72,7 +73,7 @@ def test_a_plain_backbone_with_attached_exits_is_lowered_as_it_answers() -> None
     model = host_nets.settled(attach(backbone, ["0", "1"], input_shape=(1, 1, 12, 12)), reals)
 
     found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
-    expected = answers.torch_logits(model, reals)
+    expected = torch_logits(model, reals)
     errors = answers.check_parity(
         expected, answers.tflite_logits(found.data, found.exits, reals), reals
     )
@@ -105,7 +106,7 @@ def test_padded_maximum_pooling_is_lowered_without_infinities(is_positive: bool,
 
     found = lower.from_torch(model, (1, 1, 12, 12), host_nets.GRAY)
 
-    expected = answers.torch_logits(model, reals)
+    expected = torch_logits(model, reals)
     answers.check_parity(expected, answers.tflite_logits(found.data, found.exits, reals), reals)
     tensors = tflite.read_model(found.data).tensors
     kept = [t.constant for t in tensors if t.constant is not None and t.dtype == "float32"]
@@ -255,7 +256,7 @@ def test_torch_answers_that_are_not_finite_are_refused() -> None:
     model.heads[1].weight.data[0, 0] = float("inf")
 
     with pytest.raises(BadFile, match="exit 'exit1'"):
-        answers.torch_logits(model, host_nets.rows(4))
+        torch_logits(model, host_nets.rows(4))
 
 
 @pytest.mark.parametrize("period", [2, 5, 10])

@@ -1,24 +1,23 @@
-"""edgeexit convert: a checkpoint goes in, a bundle of segments comes out."""
+"""edgeexit convert: a model file goes in, a bundle of segments comes out."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgeexit.cli import require_host
 from edgeexit.cli.steps import Steps
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
 
 
-@click.command("convert", short_help="turn a checkpoint into a bundle of int8 segments")
+@click.command("convert", short_help="turn a model file into a bundle of int8 segments")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="default: ./NAME.edgeexit")
 @click.option(
     "--calibration",
     metavar="NAME|FOLDER|FILE.npz",
-    help="samples for activation ranges; default: the set that the checkpoint names",
+    help="samples for activation ranges; default: the set that the file names",
 )
 @click.option(
     "--prune",
@@ -26,27 +25,54 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="prune first, into MODEL-pruned.pt beside it (see edgeexit prune)",
 )
-@click.option("--scheme", default="int8", show_default=True, help="int8 or float")
+@click.option("--scheme", help="int8 (default), float, ... (see docs/methods.md)")
 @click.option(
     "--arch",
     metavar="MODULE:FACTORY",
     help="the code that builds the network; needed for a plain state_dict and foreign code",
 )
+@click.option(
+    "--exits",
+    metavar="NAME,NAME",
+    help="outputs or inner tensors to answer at, earliest first; default: all outputs",
+)
+@click.option(
+    "--labels",
+    metavar="FILE.txt",
+    type=click.Path(path_type=Path),
+    help="class names, one a line, where the file has none",
+)
+@click.option(
+    "--preprocess",
+    metavar="FILE.toml",
+    type=click.Path(path_type=Path),
+    help="how samples become inputs, where the file does not say",
+)
+@click.option("--via", metavar="ROAD", help="take another road than the usual one")
+@click.option("--trust-pickle", is_flag=True, help="allow files that run code when opened")
+@click.option("--allow-external-data", is_flag=True, help="read weights in files beside MODEL")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document")
 def command(
     model: Path,
     out: Path | None,
     calibration: str | None,
     prune: Path | None,
-    scheme: str,
+    scheme: str | None,
     arch: str | None,
+    exits: str | None,
+    labels: Path | None,
+    preprocess: Path | None,
+    via: str | None,
+    trust_pickle: bool,
+    allow_external_data: bool,
     as_json: bool,
 ) -> None:
     """
-    Turn the checkpoint MODEL into a bundle of segments, one per exit.
+    Turn the model file MODEL into a bundle of segments, one per exit.
 
-    Each step is checked on real samples: the lowered network against torch, the chain of
-    segments against the uncut network. A model file with --arch runs that module's code.
+    Each step is checked on real samples: the lowered network against the framework that it
+    comes from, the chain of segments against the uncut network. A model file with --arch runs
+    that module's code.
 
     \b
     edgeexit convert model.pt                            # -> ./model.edgeexit
@@ -54,21 +80,35 @@ def command(
     edgeexit convert model.pt --scheme float -o reference.edgeexit
     edgeexit convert model.pt --prune smaller.toml       # prune on the way
     """
-    require_host("convert")
     from edgeexit.host.convert import convert
 
     if prune is not None:
         out = Path(f"{model.stem}.edgeexit") if out is None else out
         model = _pruned(model, prune, arch, calibration)
     steps = Steps()
-    bundle = convert(model, out, calibration, scheme, arch, steps)
+    bundle = convert(
+        model,
+        out,
+        calibration,
+        scheme,
+        arch,
+        steps,
+        exits=[name.strip() for name in exits.split(",")] if exits else (),
+        labels=labels,
+        preprocess=preprocess,
+        via=via,
+        is_pickle_trusted=trust_pickle,
+        is_external_allowed=allow_external_data,
+    )
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
 
 
 def _pruned(model: Path, recipe: Path, arch: str | None, calibration: str | None) -> Path:
+    from edgeexit.cli import require_host
     from edgeexit.cli.prune import pruning
     from edgeexit.host.prune.recipe import read_prune_recipe
 
+    require_host("convert --prune")
     out = model.with_name(f"{model.stem}-pruned.pt")
     return pruning(model, read_prune_recipe(recipe), out, arch, calibration).path
 

@@ -83,9 +83,10 @@ def _assessed(
     import tempfile
 
     from edgeexit.host.assess import assess, held_out, ranges_of
-    from edgeexit.host.checkpoint import Purpose, load_checkpoint
+    from edgeexit.host.checkpoint import load_checkpoint
     from edgeexit.host.graph import analyse
     from edgeexit.host.prune.engine import training_half
+    from edgeexit.host.purpose import Purpose
 
     purpose = Purpose.of_samples(calibration)
     networks = {

@@ -144,8 +144,8 @@ def pruning(
     again: bool = False,
 ) -> "Pruning":
     """Prune *model* into *out* and show how it goes; Ctrl-C says how to go on."""
-    from edgeexit.host.checkpoint import Purpose
     from edgeexit.host.prune.engine import prune
+    from edgeexit.host.purpose import Purpose
 
     purpose = Purpose.of_samples(calibration)
     display = _Display()

@@ -1,23 +1,19 @@
 """
-Ask a network, in torch or as a .tflite, for its answers to real samples, and compare them.
+Ask a .tflite for its answers to real samples, and compare them with what others answer.
 
 Callers see RealSamples (preprocessed on demand, so that a large set never lies in memory as
-floats), torch_logits, tflite_logits and check_parity. Hidden here: what makes a comparison
-prove something. A network whose answers hardly differ from sample to sample would pass any
-check, so that is refused as well.
+floats), tflite_logits and check_parity. Hidden here: what makes a comparison prove something. A
+network whose answers hardly differ from sample to sample would pass any check, so that is
+refused as well.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
 
-from edgeexit.errors import BadFile, ParityError
-from edgeexit.host.model import exit_outputs
+from edgeexit.errors import ParityError
 from edgeexit.interpreter import open_interpreter
 from edgeexit.preprocess import Preprocess, real_values
 
@@ -65,43 +61,6 @@ class RealSamples:
         return self[spread(len(self))[:count]]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # On maps this small, torch's threads mostly wait for each other: 5 times slower when the
-    # machine is busy.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def torch_logits(model: nn.Module, reals: RealSamples) -> "dict[str, NDArray[np.float32]]":
-    """
-    The answers of *model* (set to eval mode): exit name -> logits float32 (N, classes).
-
-    One sample at a time, as on the board. BadFile if a logit is not finite.
-    """
-    rows: dict[str, list[NDArray[np.float32]]] = {}
-    is_nchw = reals.preprocess.layout == "nchw"
-    model.eval()
-    with torch.inference_mode(), _one_thread():
-        for real in reals:
-            moved = np.moveaxis(real, -1, 0) if is_nchw else real
-            x = torch.from_numpy(np.ascontiguousarray(moved[None]))
-            for name, answer in exit_outputs(model, x).items():
-                rows.setdefault(name, []).append(answer.numpy()[0].astype(np.float32))
-    answers = {name: np.stack(logits) for name, logits in rows.items()}
-    for name, logits in answers.items():
-        if not np.isfinite(logits).all():
-            raise BadFile(
-                f"exit {name!r}: the network answers NaN or infinity to real samples",
-                hint="check its weights, and the mean and std of its preprocessing",
-            )
-    return answers
-
-
 def tflite_logits(
     data: bytes, exits: Mapping[str, str], inputs: "Iterable[NDArray[Any]]"
 ) -> "dict[str, NDArray[Any]]":
@@ -129,7 +88,7 @@ def check_parity(
     must_differ: bool = True,
 ) -> dict[str, float]:
     """
-    Compare torch's answers *expected* with the lowered network's, both to *reals*.
+    Compare a framework's answers *expected* with the lowered network's, both to *reals*.
 
     Returns exit name -> largest difference over the exit's largest |logit|. ParityError if
     that exceeds TOLERANCE anywhere, or if the answers differ so little among themselves that
@@ -152,8 +111,8 @@ def check_parity(
         errors[name] = float(np.abs(found[name] - logits).max()) / peak
         if not errors[name] <= TOLERANCE:
             raise ParityError(
-                f"exit {name!r}: the lowered network strays from torch by {errors[name]:.1e} of "
-                f"its largest logit, expected at most {TOLERANCE:.0e}",
+                f"exit {name!r}: the lowered network strays from the given one by "
+                f"{errors[name]:.1e} of its largest logit, expected at most {TOLERANCE:.0e}",
                 hint="an operator is lowered wrongly: please report this network",
             )
     return errors

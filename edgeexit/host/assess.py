@@ -24,9 +24,12 @@ from edgeexit.host.answers import RealSamples, spread
 from edgeexit.host.checkpoint import Checkpoint
 from edgeexit.host.convert import FEWEST_SAMPLES, OnStep, build
 from edgeexit.host.feed import to_input
+from edgeexit.host.gates import Opened
 from edgeexit.host.graph import Graph, parameters
+from edgeexit.host.lower import from_torch
 from edgeexit.host.material import Material
 from edgeexit.host.model import exit_outputs
+from edgeexit.host.torch_answers import torch_logits
 from edgeexit.instrument import measure
 from edgeexit.machine import this_machine
 from edgeexit.preprocess import Preprocess, real_values
@@ -335,12 +338,18 @@ def int8_bundle(
         raise UsageError(
             f"{len(reals)} samples for activation ranges, expected {FEWEST_SAMPLES} or more"
         )
+    shape = tuple(input_shape)
     return build(
-        model,
+        Opened(
+            lower=lambda: from_torch(model, shape, preprocess),
+            framework="torch",
+            reference=lambda reals: torch_logits(model, reals),
+            input_shape=shape,
+            class_names=tuple(class_names),
+            preprocess=preprocess,
+            digest="",
+        ),
         folder,
-        input_shape=tuple(input_shape),
-        preprocess=preprocess,
-        class_names=class_names,
         reals=reals,
         is_checked=False,
         provenance=lambda quantized: {

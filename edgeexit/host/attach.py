@@ -25,12 +25,12 @@ from edgeexit.host.assess import Interval, int8_bundle, measured
 from edgeexit.host.checkpoint import (
     MAX_HEAD_CONVS,
     Checkpoint,
-    Purpose,
     load_checkpoint,
     save_again,
 )
 from edgeexit.host.graph import parameters
 from edgeexit.host.model import HEADS, WITH_WIDTHS, Attached, attach, tapped
+from edgeexit.host.purpose import Purpose
 from edgeexit.host.taps import choose_taps, costs, tap_points, trial
 from edgeexit.host.zoo import MAX_WIDTH
 from edgeexit.names import choose

@@ -22,11 +22,11 @@ from edgeexit.files import Table, digest_of, json_bytes, read_bytes, write_file
 from edgeexit.host import zoo
 from edgeexit.host.factories import OWN_FACTORIES, build_network
 from edgeexit.host.model import attach, exit_outputs
+from edgeexit.host.purpose import Purpose
 from edgeexit.host.surgery import replay
 from edgeexit.host.torchfile import finite_state, is_whole, unpack
 from edgeexit.overlap import Bloom
 from edgeexit.preprocess import Preprocess
-from edgeexit.samples import find_set, is_set
 
 # 1: first format.
 CHECKPOINT_FORMAT = 1
@@ -217,36 +217,6 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise UsageError(f"checkpoint: expected plain values (JSON): {error}") from error
     return plain
-
-
-@dataclass(frozen=True, kw_only=True)
-class Purpose:
-    """What a plain state_dict does not say; for images *input_shape* follows from the rest."""
-
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
-    input_shape: tuple[int, ...] | None = None
-    calibration_set: str | None = None
-
-    @classmethod
-    def of_samples(cls, name: str | Path | None) -> "Purpose | None":
-        """What --calibration says of a network: something if it names a calibration set."""
-        return cls.of_set(str(name)) if name is not None and is_set(name) else None
-
-    @classmethod
-    def of_set(cls, name: str) -> "Purpose":
-        """What the calibration set *name* says. UsageError if there is none of that name."""
-        owner = find_set(name)
-        is_found_by_name = is_set(owner.name) and find_set(owner.name).digest == owner.digest
-        input_shape = None
-        if owner.preprocess.kind == "array":
-            input_shape = (1, *owner.split("ranges").samples.shape[1:])
-        return cls(
-            class_names=owner.class_names,
-            preprocess=owner.preprocess,
-            input_shape=input_shape,
-            calibration_set=owner.name if is_found_by_name else name,
-        )
 
 
 def load_checkpoint(

@@ -1,9 +1,10 @@
 """
-From a checkpoint to a bundle: load, lower, quantize, cut, check, write.
+From a model file to a bundle: open, lower, quantize, cut, check, write.
 
 Callers see convert, its middle part build, and OnStep. Hidden here: every step is checked on
-real samples before the next one starts (lowered against torch, the chain of segments against
-the uncut network), and nothing appears on disk until all of it has passed.
+real samples before the next one starts (lowered against the framework that the file comes from,
+the chain of segments against the uncut network), and nothing appears on disk until all of it has
+passed. Which framework that is, the gates know: nothing here needs torch.
 """
 
 import importlib.metadata
@@ -13,17 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import nn
 
 from edgeexit import cut
 from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
-from edgeexit.host import lower, quantize
-from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits, torch_logits
-from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint
+from edgeexit.host import quantize
+from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits
+from edgeexit.host.gates import Asked, Opened, open_model
+from edgeexit.host.lowered import Lowered
+from edgeexit.host.purpose import read_labels, read_preprocess
 from edgeexit.interpreter import open_interpreter
 from edgeexit.names import choose
-from edgeexit.preprocess import Preprocess
 from edgeexit.preprocess import quantize as to_stored
 from edgeexit.samples import SPLITS, Samples, find_set, is_set, load_samples
 
@@ -37,24 +38,32 @@ FEWEST_SAMPLES = 16  # what the self-test holds; ranges from fewer would mean li
 SELFTEST_SAMPLES = 16
 PARITY_SAMPLES = 128
 CHAIN_SAMPLES = 256
-PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 
 
 def convert(
     model_path: Path | str,
     out: Path | str | None = None,
     calibration: Path | str | None = None,
-    scheme: str = "int8",
+    scheme: str | None = None,
     arch: str | None = None,
     on_step: OnStep | None = None,
+    *,
+    exits: Sequence[str] = (),
+    labels: Path | str | None = None,
+    preprocess: Path | str | None = None,
+    via: str | None = None,
+    is_pickle_trusted: bool = False,
+    is_external_allowed: bool = False,
 ) -> Bundle:
     """
-    Convert the checkpoint *model_path* and write the bundle *out* (default ./NAME.edgeexit).
+    Convert the model file *model_path* and write the bundle *out* (default ./NAME.edgeexit).
 
     *calibration* is a set (its `ranges` split is used), or a folder of pictures or an .npz that
-    is used whole; default: the set that the checkpoint names. *scheme* is one of
-    quantize.SCHEMES; *arch* as load_checkpoint. An existing bundle at *out* is replaced; its
-    policies survive only if the new bundle is the same byte for byte.
+    is used whole; default: the set that the file names. *scheme* is one of quantize.SCHEMES
+    (default int8; a file that is quantized already stays as it is); *arch* as load_checkpoint.
+    *labels* and *preprocess* are files that say what the model file does not; *exits* and the
+    rest as gates.Asked. An existing bundle at *out* is replaced; its policies survive only if
+    the new bundle is the same byte for byte.
 
     UsageError for wrong names and absent files, BadFile for damaged ones, Unsupported for
     networks that cannot be taken, ParityError if a step changes the answers, StorageError.
@@ -62,38 +71,44 @@ def convert(
     step = (lambda name, done: None) if on_step is None else on_step
     model_path = Path(model_path)
     target = Path(f"{model_path.stem}.edgeexit") if out is None else Path(out)
-    choose(scheme, quantize.SCHEMES, "scheme")
+    if scheme is not None:
+        choose(scheme, quantize.SCHEMES, "scheme")
     check_target(target)
+    asked = Asked(
+        arch=arch,
+        calibration=calibration,
+        exits=tuple(exits),
+        labels=None if labels is None else read_labels(Path(labels)),
+        preprocess=None if preprocess is None else read_preprocess(Path(preprocess)),
+        via=via,
+        is_pickle_trusted=is_pickle_trusted,
+        is_external_allowed=is_external_allowed,
+    )
 
     step("load", 0.0)
-    network = _load(model_path, arch, calibration)
-    ranges = _find_ranges(network)
-    reals = RealSamples(ranges.samples.samples, network.preprocess)
+    opened = open_model(model_path, asked)
+    scheme = _scheme(opened, scheme, model_path)
+    ranges = _find_ranges(opened, _source(opened, calibration))
+    reals = RealSamples(ranges.samples.samples, opened.preprocess)
     step("load", 1.0)
 
     return build(
-        network.model,
+        opened,
         target,
-        input_shape=network.input_shape,
-        preprocess=network.preprocess,
-        class_names=network.class_names,
         reals=reals,
         scheme=scheme,
-        provenance=lambda quantized: _provenance(network, ranges, quantized),
+        provenance=lambda quantized: _provenance(opened, ranges, quantized),
         on_step=step,
         calibration_set=ranges.calibration_set,
         ranges_digests=None if ranges.calibration_set else ranges.samples.digests(),
-        training_bloom=network.training_bloom,
+        training_bloom=opened.training_bloom,
     )
 
 
 def build(
-    model: nn.Module,
+    opened: Opened,
     target: Path,
     *,
-    input_shape: tuple[int, ...],
-    preprocess: Preprocess,
-    class_names: Sequence[str],
     reals: RealSamples,
     scheme: str = "int8",
     is_checked: bool = True,
@@ -102,26 +117,27 @@ def build(
     **rest: Any,
 ) -> Bundle:
     """
-    The middle of the road: lower *model*, quantize it on *reals*, write the bundle *target*.
+    The middle of the road: lower what was *opened*, quantize it on *reals*, write *target*.
 
-    Arguments as in a checkpoint; *rest* goes to write_bundle. Without *is_checked* the chain is
-    not compared with the uncut network, and torch on a few samples only, whose answers need not
-    differ: for bundles that are measured and thrown away. Errors as convert.
+    *rest* goes to write_bundle. Without *is_checked* the chain is not compared with the uncut
+    network, and the framework on a few samples only, whose answers need not differ: for bundles
+    that are measured and thrown away. Errors as convert.
     """
-    make = choose(scheme, quantize.SCHEMES, "scheme")
     on_step("lower", 0.0)
-    lowered = lower.from_torch(model, input_shape, preprocess)
-    _check_classes(lowered, class_names)
+    lowered = opened.lower()
+    _check_classes(lowered, opened.class_names)
     on_step("lower", 1.0)
 
-    on_step("compare with torch", 0.0)
-    some = reals.first(PARITY_SAMPLES if is_checked else FEWEST_SAMPLES)
-    expected = torch_logits(model, some)
-    found = tflite_logits(lowered.data, lowered.exits, some)
-    check_parity(expected, found, some, must_differ=is_checked)
-    on_step("compare with torch", 1.0)
+    if opened.reference is not None:
+        on_step(f"compare with {opened.framework}", 0.0)
+        some = reals.first(PARITY_SAMPLES if is_checked else FEWEST_SAMPLES)
+        expected = opened.reference(some)
+        found = tflite_logits(lowered.data, lowered.exits, some)
+        check_parity(expected, found, some, must_differ=is_checked)
+        on_step(f"compare with {opened.framework}", 1.0)
 
     on_step("quantize", 0.0)
+    make = quantize.unquantized if opened.scheme else choose(scheme, quantize.SCHEMES, "scheme")
     quantized = make(lowered, reals, lambda done: on_step("quantize", min(done, 0.999)))
     on_step("quantize", 1.0)
 
@@ -136,8 +152,8 @@ def build(
         name=target.name.removesuffix(".edgeexit"),
         model_data=quantized.data,
         exits=quantized.exits,
-        class_names=class_names,
-        preprocess=preprocess,
+        class_names=opened.class_names,
+        preprocess=opened.preprocess,
         selftest=reals.samples[np.sort(spread(len(reals))[:SELFTEST_SAMPLES])],
         scheme=scheme,
         provenance=provenance(quantized),
@@ -148,21 +164,6 @@ def build(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Network:
-    """A checkpoint with nothing left open; *source* says where activation ranges come from."""
-
-    model: nn.Module
-    arch: str
-    digest: str
-    input_shape: tuple[int, ...]
-    class_names: tuple[str, ...]
-    preprocess: Preprocess
-    training_bloom: bytes | None
-    metadata: Mapping[str, Any]
-    source: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Ranges:
     """The samples for activation ranges; calibration_set {"name", "digest"} if from a set."""
 
@@ -170,27 +171,23 @@ class _Ranges:
     calibration_set: Mapping[str, str] | None
 
 
-def _load(path: Path, arch: str | None, calibration: Path | str | None) -> _Network:
-    # A plain state_dict knows nothing of its input: a set can tell.
-    checkpoint = load_checkpoint(path, arch=arch, purpose=Purpose.of_samples(calibration))
-    return _Network(
-        model=checkpoint.model,
-        arch=checkpoint.arch,
-        digest=checkpoint.digest,
-        input_shape=checkpoint.input_shape,
-        class_names=checkpoint.class_names,
-        preprocess=checkpoint.preprocess,
-        training_bloom=checkpoint.training_bloom,
-        metadata=checkpoint.metadata,
-        source=_source(checkpoint, calibration),
-    )
+def _scheme(opened: Opened, asked: str | None, path: Path) -> str:
+    if opened.scheme is None:
+        return asked or "int8"
+    if asked not in (None, opened.scheme):
+        raise Unsupported(
+            f"{path}: is quantized already ({opened.scheme}), expected a float network for "
+            f"--scheme {asked}",
+            hint="leave out --scheme, or convert the float file that it was made from",
+        )
+    return opened.scheme
 
 
-def _source(checkpoint: Checkpoint, calibration: Path | str | None) -> str:
-    source = checkpoint.calibration_set if calibration is None else str(calibration)
+def _source(opened: Opened, calibration: Path | str | None) -> str:
+    source = opened.calibration_set if calibration is None else str(calibration)
     if source is None:
         raise UsageError(
-            "the checkpoint names no calibration set",
+            "the model file names no calibration set",
             hint="say --calibration NAME, a folder of pictures, or FILE.npz; "
             "edgeexit calibration make builds a set",
         )
@@ -201,21 +198,21 @@ def _source(checkpoint: Checkpoint, calibration: Path | str | None) -> str:
             hint=f"say --calibration {name}",
         )
     if calibration is None and not is_set(source):
-        find_set(source)  # a checkpoint may name sets only; this says which there are
+        find_set(source)  # a file may name sets only; this says which there are
     return source
 
 
-def _find_ranges(network: _Network) -> _Ranges:
-    source, found = network.source, None
+def _find_ranges(opened: Opened, source: str) -> _Ranges:
+    found = None
     if is_set(source):
         owner = find_set(source)
         found = {"name": owner.name, "digest": owner.digest}
         source = f"{source}:ranges"
     samples = load_samples(
         source,
-        network.preprocess,
-        network.class_names,
-        network.input_shape,
+        opened.preprocess,
+        opened.class_names,
+        opened.input_shape,
         labels_required=False,
     )
     if len(samples) < FEWEST_SAMPLES:
@@ -226,14 +223,14 @@ def _find_ranges(network: _Network) -> _Ranges:
     return _Ranges(samples=samples, calibration_set=found)
 
 
-def _check_classes(lowered: lower.Lowered, class_names: Sequence[str]) -> None:
+def _check_classes(lowered: Lowered, class_names: Sequence[str]) -> None:
     outputs = cut.model_io(lowered.data, "lowered network")[1]
     found, wanted = outputs[0].shape[-1], len(class_names)
     if found != wanted:
         raise Unsupported(
             f"the network answers with {found} classes, its class_names and the calibration set "
             f"have {wanted}",
-            hint="save the checkpoint again with one name per class",
+            hint="one name per class is wanted: save the checkpoint again, or give --labels FILE",
         )
 
 
@@ -266,15 +263,11 @@ def check_chain(data: bytes, exits: Mapping[str, str], reals: RealSamples) -> No
                 )
 
 
-def _provenance(
-    network: _Network, ranges: _Ranges, quantized: quantize.Quantized
-) -> dict[str, Any]:
+def _provenance(opened: Opened, ranges: _Ranges, quantized: quantize.Quantized) -> dict[str, Any]:
     """What the bundle was made of and how well it went; no path, no time, no machine."""
-    pruning = network.metadata.get("pruning")
     return {
-        "model_digest": network.digest,
-        "arch": network.arch,
-        **({} if pruning is None else {"pruning": _pruning(pruning)}),
+        "model_digest": opened.digest,
+        **opened.provenance,
         "ranges": {
             "samples": ranges.samples.name,
             "count": len(ranges.samples),
@@ -284,12 +277,5 @@ def _provenance(
         },
         "float_agreement": {name: round(v, 6) for name, v in quantized.agreement.items()},
         "outside_xnnpack": dict(quantized.outside_xnnpack),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in opened.packages},
     }
-
-
-def _pruning(made: Any) -> Any:
-    """What the checkpoint's metadata say of its pruning, without the steps."""
-    if not isinstance(made, dict):
-        return made
-    return {key: made.get(key) for key in ("composition", "before", "after")}

@@ -1,9 +1,8 @@
 """
 Turn a multi-exit torch network into one float .tflite that holds all of its exits.
 
-Callers see from_torch and Lowered. Hidden here: how the converter's outputs find back to the
-exits they came from, and that its long tensor names (with Python class paths in them) are
-replaced by short ones that depend on nothing but the graph. The surprise: a plain
+Callers see from_torch. Hidden here: how the converter's outputs find back to the exits they
+came from, and the network's graph as the converter likes it. The surprise: a plain
 `x.mean((2, 3))` would cost a transposition at every exit, and padded maximum pooling would bring
 an infinity that has no int8; the traced graph is rewritten first, so that pooling keeps its axes,
 the maps stay channels-last, and all padding is numbers.
@@ -11,19 +10,17 @@ the maps stay channels-last, and all padding is numbers.
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from edgeexit import cut, tflite
 from edgeexit.errors import BadFile, Unsupported
+from edgeexit.host.lowered import Lowered, named, signature_outputs
 from edgeexit.host.model import exit_outputs
 from edgeexit.host.quiet import quietly
-from edgeexit.interpreter import check_loads
 from edgeexit.preprocess import Preprocess
 
 _POOLS = frozenset(
@@ -54,19 +51,6 @@ _CLAMPS = frozenset(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """
-    One float32 multi-exit .tflite: *data* its bytes, *exits* exit name -> tensor name.
-
-    The input is (1, H, W, C) for images and the network's own shape otherwise; every logits
-    tensor is (1, classes). Exits stand in the order of the cut, earliest first.
-    """
-
-    data: bytes
-    exits: Mapping[str, str]
-
-
 def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Preprocess) -> Lowered:
     """
     Lower *model* (eval mode is set) for one sample of *input_shape* (its batch axis is 1).
@@ -82,11 +66,8 @@ def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Prepr
     channels_last = preprocess.kind == "image" and preprocess.layout == "nchw"
     with _plain_layout(model):
         data = _convert(_trace(_Keyed(model), input_shape), input_shape, channels_last)
-    renamed, exits = _rename(data, names)
-    alive = cut.drop_dead(renamed, exits, where="lowered network")
-    check_loads(alive, "lowered network")
-    order = cut.exit_order(alive, exits, "lowered network")
-    return Lowered(data=alive, exits={name: exits[name] for name in order})
+    bound = signature_outputs(data)
+    return named(data, {name: bound[f"exit_{k}"] for k, name in enumerate(names)})
 
 
 @contextmanager
@@ -249,63 +230,6 @@ def _convert(model: nn.Module, input_shape: tuple[int, ...], channels_last: bool
             f"{what} cannot be lowered to TFLite: {_first(error)}",
             hint="replace it in the network by operators that TFLite has",
         ) from error
-
-
-def _rename(data: bytes, names: Sequence[str]) -> tuple[bytes, dict[str, str]]:
-    """
-    Name the logits after their exits and all other tensors by their place in the graph.
-
-    The converter's names hold class paths and, for copies of one layer, collide.
-    """
-    _check_kernels(data)
-    model = tflite.read_model(data, "lowered network")
-    bound = _signature_outputs(data)
-    exits = {name: bound[f"exit_{k}"] for k, name in enumerate(names)}
-    if len(set(exits.values())) < len(names):
-        raise Unsupported(f"two of the exits {', '.join(names)} are one and the same tensor")
-    if len(model.inputs) != 1:
-        raise Unsupported(f"the network has {len(model.inputs)} inputs, expected one")
-    fresh = {index: f"c{index}" for index in range(len(model.tensors))}
-    made = (index for operator in model.operators for index in operator.outputs)
-    fresh |= {index: f"t{place}" for place, index in enumerate(made)}
-    fresh[model.inputs[0]] = "input"
-    for index in fresh:
-        while fresh[index] in exits:  # a user's exit may be called "t3"
-            fresh[index] += "_"
-    fresh |= {index: name for name, index in exits.items()}
-    renamed = tflite.write_model(
-        model,
-        range(len(model.operators)),
-        model.inputs,
-        list(exits.values()),
-        description="edgeexit",
-        names=fresh,
-    )
-    return renamed, {name: name for name in names}
-
-
-def _check_kernels(data: bytes) -> None:
-    # The converter passes on what it has no TFLite operator for under names like these.
-    from ai_edge_litert import schema_py_generated as schema
-
-    words = {number: word for word, number in vars(schema.BuiltinOperator).items()}
-    model = schema.Model.GetRootAs(data, 0)
-    for place in range(model.OperatorCodesLength()):
-        word = words.get(model.OperatorCodes(place).BuiltinCode(), "CUSTOM")
-        if word == "CUSTOM" or word.startswith("STABLEHLO"):
-            raise Unsupported(
-                f"operator {word} has no kernel in TFLite's runtime",
-                hint="replace it in the network by operators that TFLite has",
-            )
-
-
-def _signature_outputs(data: bytes) -> dict[str, int]:
-    # Output name -> tensor index. The order of a file's outputs means nothing.
-    from ai_edge_litert import schema_py_generated as schema
-
-    signature = schema.Model.GetRootAs(data, 0).SignatureDefs(0)
-    outputs = [signature.Outputs(k) for k in range(signature.OutputsLength())]
-    return {output.Name().decode(): output.TensorIndex() for output in outputs}
 
 
 def _first(error: BaseException) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from edgeexit import cut, tflite
 from edgeexit.errors import BadFile, Unsupported
 from edgeexit.host.answers import RealSamples, spread, tflite_logits
-from edgeexit.host.lower import Lowered
+from edgeexit.host.lowered import Lowered
 from edgeexit.host.quiet import quietly
 from edgeexit.interpreter import check_loads
 from edgeexit.preprocess import quantize as to_stored

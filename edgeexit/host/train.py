@@ -19,7 +19,6 @@ from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import check_output, digest_of, json_bytes, write_file
 from edgeexit.host.checkpoint import (
     Checkpoint,
-    Purpose,
     load_checkpoint,
     save_again,
     save_checkpoint,
@@ -28,6 +27,7 @@ from edgeexit.host.factories import build_network
 from edgeexit.host.fit import HEAD_INITS, REGIMES, Fit, accelerated, holdout_accuracies
 from edgeexit.host.fit import Step as Step
 from edgeexit.host.material import Origin, gather
+from edgeexit.host.purpose import Purpose
 from edgeexit.host.recipe import Augmentation, DataPart, ModelPart, TrainingPart, read_recipe
 from edgeexit.host.statefile import UNSOUND, read_state, state_bytes, unsound
 from edgeexit.names import choose

@@ -19,7 +19,7 @@ import torch
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import check_output, write_file
 from edgeexit.host import surgery
-from edgeexit.host.checkpoint import Checkpoint, Purpose, load_checkpoint, save_again
+from edgeexit.host.checkpoint import Checkpoint, load_checkpoint, save_again
 from edgeexit.host.fit import (
     Fit,
     Influence,
@@ -37,6 +37,7 @@ from edgeexit.host.prune.recipe import PruneRecipe
 from edgeexit.host.prune.removal import Removal
 from edgeexit.host.prune.schedules import StructureStability
 from edgeexit.host.prune.scopes import SCOPES, Stage
+from edgeexit.host.purpose import Purpose
 from edgeexit.host.recipe import Augmentation, DataPart, TrainingPart
 from edgeexit.host.statefile import UNSOUND, read_state, state_bytes, unsound
 from edgeexit.host.train import seen

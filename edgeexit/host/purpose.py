@@ -1,0 +1,88 @@
+"""What a network is for, where its file does not say: its classes and its preprocessing."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from edgeexit.errors import BadFile
+from edgeexit.files import read_bytes, read_toml
+from edgeexit.preprocess import Preprocess
+from edgeexit.samples import find_set, is_set
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """
+    What a plain state_dict, an ONNX or a .tflite file does not say.
+
+    For images *input_shape* follows from the rest (or from the file).
+    """
+
+    class_names: tuple[str, ...]
+    preprocess: Preprocess
+    input_shape: tuple[int, ...] | None = None
+    calibration_set: str | None = None
+
+    @classmethod
+    def of_samples(cls, name: str | Path | None) -> "Purpose | None":
+        """What --calibration says of a network: something if it names a calibration set."""
+        return cls.of_set(str(name)) if name is not None and is_set(name) else None
+
+    @classmethod
+    def of_set(cls, name: str) -> "Purpose":
+        """What the calibration set *name* says. UsageError if there is none of that name."""
+        owner = find_set(name)
+        is_found_by_name = is_set(owner.name) and find_set(owner.name).digest == owner.digest
+        input_shape = None
+        if owner.preprocess.kind == "array":
+            input_shape = (1, *owner.split("ranges").samples.shape[1:])
+        return cls(
+            class_names=owner.class_names,
+            preprocess=owner.preprocess,
+            input_shape=input_shape,
+            calibration_set=owner.name if is_found_by_name else name,
+        )
+
+    @classmethod
+    def told(
+        cls,
+        calibration: str | Path | None,
+        labels: tuple[str, ...] | None,
+        preprocess: Preprocess | None,
+    ) -> "Purpose | None":
+        """
+        What --calibration, --labels and --preprocess say together; the last two win.
+
+        None if they leave the classes or the preprocessing open.
+        """
+        of_set = cls.of_samples(calibration)
+        if of_set is not None:
+            return replace(
+                of_set,
+                class_names=labels or of_set.class_names,
+                preprocess=preprocess or of_set.preprocess,
+            )
+        if labels is None or preprocess is None:
+            return None
+        return cls(class_names=labels, preprocess=preprocess)
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """The class names of a text file, one a line, in the order of the logits. BadFile if not."""
+    try:
+        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadFile(f"{path}: expected class names as UTF-8 text, one a line") from error
+    names = tuple(line.strip() for line in lines)
+    while names and not names[-1]:
+        names = names[:-1]
+    if not names or not all(names):
+        raise BadFile(f"{path}: expected one class name a line, found an empty one")
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise BadFile(f"{path}: {twice!r} stands there twice, expected different class names")
+    return names
+
+
+def read_preprocess(path: Path) -> Preprocess:
+    """The preprocessing in a TOML file (the keys of a set's [preprocess]). BadFile if not."""
+    return Preprocess.from_table(read_toml(path))
