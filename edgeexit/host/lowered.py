@@ -37,9 +37,10 @@ def named(data: bytes, exits: Mapping[str, int], where: str = WHERE) -> Lowered:
 
     Logits are named after their exits, the input "input", all other tensors by their place in
     the graph; what reaches no exit is dropped; the file is loaded once in a child process.
-    *data* comes from a converter (what users bring goes through read_model first); *where* names
-    it in errors. BadFile for a damaged file; Unsupported for one that cannot be cut, with operators that TFLite's runtime has no kernel for, several inputs, or two exits
-    that are one tensor.
+    *data* comes from a converter (what users bring goes through read_model first); *where*
+    names it in errors. BadFile for a damaged file; Unsupported for one that cannot be cut, with
+    operators that TFLite's runtime has no kernel for, several inputs, or two exits that are one
+    tensor.
     """
     renamed, names = _rename(data, exits, where)
     alive = cut.drop_dead(renamed, names, where=where)
