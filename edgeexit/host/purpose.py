@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeexit.errors import BadFile
+from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import read_bytes, read_toml
 from edgeexit.preprocess import Preprocess
 from edgeexit.samples import find_set, is_set
@@ -64,6 +64,44 @@ class Purpose:
         if labels is None or preprocess is None:
             return None
         return cls(class_names=labels, preprocess=preprocess)
+
+    @classmethod
+    def said(
+        cls,
+        where: str,
+        calibration: str | Path | None,
+        labels: tuple[str, ...] | None,
+        preprocess: Preprocess | None,
+    ) -> "Purpose":
+        """As told, for the file *where* that says nothing itself: UsageError instead of None."""
+        told = cls.told(calibration, labels, preprocess)
+        if told is None:
+            raise UsageError(
+                f"{where}: does not say which classes and inputs it is for",
+                hint="say --calibration SET, which does, or --labels FILE.txt and "
+                "--preprocess FILE.toml",
+            )
+        return told
+
+    def fitting(self, where: str, input_shape: tuple[int, ...], layout: str) -> "Purpose":
+        """
+        This, for the file *where* that takes *input_shape*; UsageError if that does not fit.
+
+        Pictures lie in *layout* ("nchw", "nhwc"), whatever the preprocessing says.
+        """
+        preprocess = self.preprocess
+        made = self.input_shape or input_shape
+        if preprocess.kind == "image":
+            preprocess = replace(preprocess, layout=layout)
+            height, width, channels = preprocess.sample_shape
+            axes = {"nchw": (channels, height, width), "nhwc": (height, width, channels)}
+            made = (1, *axes[layout])
+        if input_shape != made:
+            raise UsageError(
+                f"{where}: takes {list(input_shape)}, its preprocessing makes {list(made)}",
+                hint="name another calibration set, or give --preprocess FILE.toml",
+            )
+        return replace(self, preprocess=preprocess, input_shape=input_shape)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
