@@ -235,10 +235,7 @@ def _child() -> None:
         bundle = load_bundle(data_folder("examples") / _EXAMPLE)
         say(delegate=delegate(bundle.model_data()))
         found = run_selftest(bundle)
-        say(
-            selftest=f"{found.samples} samples, {found.numbers} logits, {found.differing} differ, "
-            f"by at most {found.largest:g}"
-        )
+        say(selftest=f"{found.samples} samples, {found}")
     except (EdgeExitError, ImportError) as error:
         say(error=str(error))
 

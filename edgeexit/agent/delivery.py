@@ -37,8 +37,8 @@ from edgeexit.files import Table
 from edgeexit.locks import hold
 from edgeexit.machine import this_machine
 from edgeexit.manifest import Entry, Manifest
-from edgeexit.names import unknown
-from edgeexit.releases import Releases, applications, board_home
+from edgeexit.names import board_home, unknown
+from edgeexit.releases import Releases, applications
 
 # Below the board's folder: held by one deploy at a time, from its first look to its last.
 LOCK = "deploy.lock"
@@ -332,8 +332,9 @@ def _child(folder: str) -> None:
     said: dict[str, Any]
     try:
         bundle = load_bundle(folder)
-        said = run_selftest(bundle).to_document()
         with Runner(bundle, "auto") as runner:
+            policy = None if runner.policy_origin == "none" else runner.policy
+            said = run_selftest(bundle, policy=policy).to_document()
             runner(bundle.selftest().samples[0])
     except EdgeExitError as error:
         said = {"error": str(error), "hint": error.hint, "exit_code": error.exit_code}

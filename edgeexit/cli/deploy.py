@@ -137,9 +137,7 @@ def _done(facts: Mapping[str, Any]) -> str:
         return parts[0]
     if facts["was"] not in (None, facts["release"]):
         parts[0] += f" (was {facts['was']})"
-    test = facts["selftest"] or {}
-    differing, logits = test.get("differing"), test.get("logits")
-    parts.append(f"self-test: {logits} logits, {differing or 'none'} differ")
+    parts.append(f"self-test: {(facts['selftest'] or {}).get('summary') or 'ok'}")
     parts.append(f"policy {facts['policy'] or 'none'}")
     if "sent_bytes" in facts:
         parts.append(f"sent {facts['sent_bytes'] / 1e6:.1f} MB")

@@ -95,7 +95,8 @@ def command(
         raise UsageError(f"--app {app} names what to run, and so does {bundle}: leave one out")
     wish = _wish(names, rate, options)
     if app is not None:
-        from edgeexit.releases import Releases, board_home
+        from edgeexit.names import board_home
+        from edgeexit.releases import Releases
 
         releases = Releases(board_home(), app, tell=_note)
         if not names:
@@ -133,6 +134,11 @@ class _Wish:
     @property
     def all_exits(self) -> bool:
         return bool(self.shown["all_exits"])
+
+    @property
+    def runners_policy(self) -> str | None:
+        """The policy as a Runner takes it."""
+        return None if self.all_exits or self.policy == "none" else self.policy
 
 
 def _wish(names: list[str], rate: float | None, options: dict[str, Any]) -> _Wish:
@@ -192,9 +198,12 @@ def _note(text: str) -> None:
 
 
 def _selftest(bundle: "Bundle", wish: _Wish) -> None:
+    from edgeexit.runtime import Runner
     from edgeexit.selftest import run_selftest
 
-    report = run_selftest(bundle, wish.threads)
+    with Runner(bundle, wish.runners_policy, wish.threads, device=wish.device) as runner:
+        policy = None if runner.policy_origin == "none" else runner.policy
+    report = run_selftest(bundle, wish.threads, policy)
     if wish.shown["as_json"]:
         echo_json(report.to_document())
         return
@@ -202,10 +211,7 @@ def _selftest(bundle: "Bundle", wish: _Wish) -> None:
         f"self-test ok: {report.samples} samples, all {len(bundle.exits)} exits, {report.runtime}"
     )
     if report.differing:
-        click.echo(
-            f"{report.differing} of {report.numbers} logits differ from the converting machine's, "
-            f"by at most {report.largest:g} (other kernels round differently)"
-        )
+        click.echo(str(report))
 
 
 class _Station:
@@ -218,8 +224,8 @@ class _Station:
         self.bundle = bundle
         self.shown = Shown(bundle, **wish.shown)
         self.summary = Summary(bundle.exits)
-        policy = None if wish.all_exits or wish.policy == "none" else wish.policy
-        self.runner = Runner(bundle, policy, wish.threads, wish.at_once, device=wish.device)
+        policy, device = wish.runners_policy, wish.device
+        self.runner = Runner(bundle, policy, wish.threads, wish.at_once, device=device)
         self.slider = None
         self.positions: set[int] = set()
         try:
