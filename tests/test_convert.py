@@ -300,3 +300,25 @@ def test_a_full_disk_leaves_nothing_half_written(work, tmp_path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_network_with_one_logit_an_exit_answers_for_two_classes(tmp_path) -> None:
+    torch.manual_seed(0)
+    reals = answers.RealSamples(host_nets.pictures(80, size=SIZE), PREPROCESS)
+    kwargs = {**KWARGS, "classes": 1}
+    model = host_nets.settled(zoo.resnet(**kwargs), reals)
+    plain = {**kwargs, "size": [*SIZE], "widths": [4, 8, 8], "stem": [4]}
+    names = ["off", "on"]
+    save(tmp_path / "net.pt", model=model, kwargs=plain, class_names=names)
+    some = save_samples(tmp_path / "some.npz", labels=np.arange(80) % 2)
+
+    result = convert(tmp_path / "net.pt", tmp_path / "net.edgeexit", some)
+
+    z = torch_logits(model, reals)
+    with Runner(result, policy=None) as runner:
+        found = np.stack([runner.logits(sample) for sample in reals.samples], axis=1)
+    for logits, wanted in zip(found, z.values(), strict=True):
+        assert (logits[:, 0] == 0).all()
+        assert np.abs(logits[:, 1] - wanted[:, 0]).max() <= 0.1 * np.ptp(wanted)
+    with pytest.raises(BadFile, match=r"\[1, 2\], expected \[1, 4\] for 4 class_names"):
+        save(tmp_path / "many.pt", model=model, kwargs=plain)

@@ -11,6 +11,7 @@ pytest.importorskip("litert_torch")
 
 from edgeexit import tflite  # noqa: E402
 from edgeexit.host import answers, lower, zoo  # noqa: E402
+from edgeexit.host.ends import as_given  # noqa: E402
 from edgeexit.host.model import attach  # noqa: E402
 from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from tests import host_nets  # noqa: E402
@@ -195,7 +196,7 @@ def test_a_network_with_two_inputs_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "reshape", [lambda x: x[:, None], lambda x: x[:, :1], lambda x: x.double()]
+    "reshape", [lambda x: x[:, None], lambda x: x[:, :0], lambda x: x.double()]
 )
 def test_outputs_that_are_no_logits_are_refused(reshape) -> None:
     class Odd(host_nets.Rows):
@@ -266,3 +267,33 @@ def test_every_beginning_of_a_spread_order_sees_all_classes(period: int) -> None
 
     assert sorted(answers.spread(500)) == list(range(500))
     assert np.bincount(first).min() >= 0.8 * 100 / period
+
+
+ENDS = {
+    "one logit": lambda z: z,
+    "one logit, flat": lambda z: z[:, 0],
+    "one sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_one_logit_an_exit_comes_out_as_two_classes(case: str) -> None:
+    net, reals = host_nets.conv_net(classes=1, count=60)
+
+    class Ended(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            return {name: ENDS[case](logits) for name, logits in self.net(x).items()}
+
+    found = lower.from_torch(Ended(), (1, 1, 12, 12), host_nets.GRAY)
+
+    assert set(found.endings.values()) == {"one probability" if "sigm" in case else "one logit"}
+    logits = answers.tflite_logits(found.data, found.exits, reals)
+    for name, z in torch_logits(net, reals).items():
+        assert (logits[name][:, 0] == 0).all()
+        assert np.allclose(logits[name][:, 1:], z, atol=1e-5)
+    given = as_given(logits, found.endings)
+    answers.check_parity(torch_logits(Ended(), reals), given, reals)

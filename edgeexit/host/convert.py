@@ -20,6 +20,7 @@ from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
 from edgeexit.host import quantize
 from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits
+from edgeexit.host.ends import as_given
 from edgeexit.host.gates import Asked, Opened, open_model
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import read_labels, read_preprocess
@@ -131,8 +132,9 @@ def build(
     if opened.reference is not None:
         on_step(f"compare with {opened.framework}", 0.0)
         some = reals.first(PARITY_SAMPLES if is_checked else FEWEST_SAMPLES)
-        expected = opened.reference(some)
-        found = tflite_logits(lowered.data, lowered.exits, some)
+        answers = opened.reference(some)
+        expected = {name: rows.reshape(len(rows), -1) for name, rows in answers.items()}
+        found = as_given(tflite_logits(lowered.data, lowered.exits, some), lowered.endings)
         check_parity(expected, found, some, must_differ=is_checked)
         on_step(f"compare with {opened.framework}", 1.0)
 
@@ -226,6 +228,12 @@ def _find_ranges(opened: Opened, source: str) -> _Ranges:
 def _check_classes(lowered: Lowered, class_names: Sequence[str]) -> None:
     outputs = cut.model_io(lowered.data, "lowered network")[1]
     found, wanted = outputs[0].shape[-1], len(class_names)
+    if found != wanted and "one logit" in lowered.endings.values():
+        raise Unsupported(
+            f"the network answers with one number: regression, or a classifier of two classes; "
+            f"there are {wanted} class names",
+            hint="give the two class names: first the one below zero, then the one above",
+        )
     if found != wanted:
         raise Unsupported(
             f"the network answers with {found} classes, its class_names and the calibration set "

@@ -19,7 +19,7 @@ from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported
 from edgeexit.host.lowered import Lowered, named, signature_outputs
-from edgeexit.host.model import exit_outputs
+from edgeexit.host.model import exit_answers
 from edgeexit.host.quiet import quietly
 from edgeexit.preprocess import Preprocess
 
@@ -58,7 +58,8 @@ def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Prepr
     Images of layout "nchw" come out with a channels-last input. Operators that reach no exit
     are dropped, tensors are renamed, and the file is loaded once in a child process. Raises
     Unsupported for several inputs, data-dependent control flow, operators without a TFLite
-    counterpart and exits that are not (1, classes) with one number of classes for all;
+    counterpart and exits that are not (1, classes) with one number of classes for all (one
+    logit stands for two classes: see ends);
     BadFile if the network does not take *input_shape*.
     """
     model.eval()
@@ -102,7 +103,7 @@ def _check_contract(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]
         )
     try:
         with torch.inference_mode():
-            outputs = exit_outputs(model, torch.zeros(input_shape))
+            outputs = exit_answers(model, torch.zeros(input_shape))
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         raise BadFile(
             f"the network does not take an input of shape {list(input_shape)}: {_first(error)}",
@@ -110,7 +111,7 @@ def _check_contract(model: nn.Module, input_shape: tuple[int, ...]) -> list[str]
         ) from error
     shapes = {name: tuple(logits.shape) for name, logits in outputs.items()}
     for name, shape in shapes.items():
-        if len(shape) != 2 or shape[0] != 1 or shape[1] < 2:
+        if len(shape) != 2 or shape[0] != 1 or shape[1] < 1:
             raise Unsupported(
                 f"exit {name!r} answers with shape {list(shape)}, expected logits [1, classes]"
             )
@@ -130,7 +131,7 @@ class _Keyed(nn.Module):
         self.model = model
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        outputs = exit_outputs(self.model, x)
+        outputs = exit_answers(self.model, x)
         return {f"exit_{k}": logits for k, logits in enumerate(outputs.values())}
 
 

@@ -8,10 +8,11 @@ harm.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from edgeexit import cut, tflite
 from edgeexit.errors import Unsupported
+from edgeexit.host.ends import to_logits
 from edgeexit.interpreter import check_loads
 
 WHERE = "lowered network"
@@ -24,11 +25,13 @@ class Lowered:
 
     float32 throughout unless it comes from a quantized file. The input is (1, H, W, C) for
     images and the network's own shape otherwise; every logits tensor is (1, classes). Exits
-    stand in the order of the cut, earliest first.
+    stand in the order of the cut, earliest first. *endings* says for each exit what the user's
+    network ended in, a key of ends.ENDINGS.
     """
 
     data: bytes
     exits: Mapping[str, str]
+    endings: Mapping[str, str] = field(default_factory=dict)
 
 
 def named(data: bytes, exits: Mapping[str, int], where: str = WHERE) -> Lowered:
@@ -37,21 +40,26 @@ def named(data: bytes, exits: Mapping[str, int], where: str = WHERE) -> Lowered:
 
     Logits are named after their exits, the input "input", all other tensors by their place in
     the graph; what reaches no exit is dropped; the file is loaded once in a child process.
+    Where an exit ends in a softmax or in one sigmoid, its logits come out (see ends.to_logits).
     *data* comes from a converter (what users bring goes through read_model first); *where*
     names it in errors. BadFile for a damaged file; Unsupported for one that cannot be cut, with
-    operators that TFLite's runtime has no kernel for, several inputs, or two exits that are one
-    tensor.
+    operators that TFLite's runtime has no kernel for, several inputs, two exits that are one
+    tensor, or exits that are no classifiers.
     """
-    renamed, names = _rename(data, exits, where)
+    _check_kernels(data)
+    ended = to_logits(tflite.read_model(data, where), exits)
+    renamed, names = _rename(ended.model, ended.exits)
     alive = cut.drop_dead(renamed, names, where=where)
     check_loads(alive, where)
     order = cut.exit_order(alive, names, where)
-    return Lowered(data=alive, exits={name: names[name] for name in order})
+    return Lowered(
+        data=alive,
+        exits={name: names[name] for name in order},
+        endings={name: ended.endings[name] for name in order},
+    )
 
 
-def _rename(data: bytes, exits: Mapping[str, int], where: str) -> tuple[bytes, dict[str, str]]:
-    _check_kernels(data)
-    model = tflite.read_model(data, where)
+def _rename(model: tflite.Model, exits: Mapping[str, int]) -> tuple[bytes, dict[str, str]]:
     if len(set(exits.values())) < len(exits):
         raise Unsupported(f"two of the exits {', '.join(exits)} are one and the same tensor")
     if len(model.inputs) != 1:
@@ -84,7 +92,11 @@ def _check_kernels(data: bytes) -> None:
     for place in range(model.OperatorCodesLength()):
         code = model.OperatorCodes(place)
         word = words.get(max(code.BuiltinCode(), code.DeprecatedBuiltinCode()), "CUSTOM")
+        custom = (code.CustomCode() or b"").decode(errors="replace")
+        if "Detection_PostProcess" in custom:
+            raise Unsupported("this is detection (it answers with boxes), expected a classifier")
         if word == "CUSTOM" or word.startswith("STABLEHLO"):
+            word = f"{word} {custom}".strip()
             raise Unsupported(
                 f"operator {word} has no kernel in TFLite's runtime",
                 hint="replace it in the network by operators that TFLite has",

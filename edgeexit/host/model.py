@@ -1,8 +1,8 @@
 """
 The multi-exit contract, and exits for a plain backbone.
 
-Callers see exit_outputs and attach. Hidden here: the shapes in which a network may hand over its
-exits' logits, and how a backbone is tapped without a change to its own code.
+Callers see exit_outputs, exit_answers and attach. Hidden here: the shapes in which a network may
+hand over its exits' logits, and how a backbone is tapped without a change to its own code.
 """
 
 import copy
@@ -23,8 +23,18 @@ def exit_outputs(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tens
     The logits (N, classes) of each exit of *model*, earliest first, the final exit last.
 
     A network that returns a dict names its exits by its keys; one that returns a list or tuple
-    has exit0, exit1, ...; a single tensor is exit0. Anything else is Unsupported.
+    has exit0, exit1, ...; a single tensor is exit0. One logit z is widened to two classes'
+    [0, z], whose softmax is z's sigmoid. Anything else is Unsupported.
     """
+    answers = exit_answers(model, inputs)
+    return {
+        name: nn.functional.pad(logits, (1, 0)) if logits.shape[1] == 1 else logits
+        for name, logits in answers.items()
+    }
+
+
+def exit_answers(model: nn.Module, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As exit_outputs, but one logit stays one: (N, 1)."""
     return _named(model(inputs))
 
 
@@ -42,6 +52,8 @@ def _named(outputs: object) -> dict[str, torch.Tensor]:
         )
     shapes = set()
     for name, logits in named.items():
+        if isinstance(logits, torch.Tensor) and logits.ndim == 1:
+            named[name] = logits = logits[:, None]
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise Unsupported(f"exit {name}: expected logits (N, classes), found {_shape(logits)}")
         shapes.add(tuple(logits.shape))

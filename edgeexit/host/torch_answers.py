@@ -10,7 +10,7 @@ from torch import nn
 
 from edgeexit.errors import BadFile
 from edgeexit.host.answers import RealSamples
-from edgeexit.host.model import exit_outputs
+from edgeexit.host.model import exit_answers
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,8 @@ def torch_logits(model: nn.Module, reals: RealSamples) -> "dict[str, NDArray[np.
     """
     The answers of *model* (set to eval mode): exit name -> logits float32 (N, classes).
 
-    One sample at a time, as on the board. BadFile if a logit is not finite.
+    They are what it answers with: one logit stays one (N, 1). One sample at a time, as on the
+    board. BadFile if a logit is not finite.
     """
     rows: dict[str, list[NDArray[np.float32]]] = {}
     is_nchw = reals.preprocess.layout == "nchw"
@@ -41,7 +42,7 @@ def torch_logits(model: nn.Module, reals: RealSamples) -> "dict[str, NDArray[np.
         for real in reals:
             moved = np.moveaxis(real, -1, 0) if is_nchw else real
             x = torch.from_numpy(np.ascontiguousarray(moved[None]))
-            for name, answer in exit_outputs(model, x).items():
+            for name, answer in exit_answers(model, x).items():
                 rows.setdefault(name, []).append(answer.numpy()[0].astype(np.float32))
     answers = {name: np.stack(logits) for name, logits in rows.items()}
     for name, logits in answers.items():
