@@ -92,7 +92,28 @@ _CHECKPOINT = Gate(
     extra="torch",
 )
 
-GATES: dict[str, Gate] = {".pt": _CHECKPOINT, ".pth": _CHECKPOINT, ".th": _CHECKPOINT}
+_ONNX = Gate(
+    opener="edgeexit.host.gates.onnx:open_onnx",
+    what="an ONNX file",
+    modules=("onnx", "onnxruntime", "onnx2tf", "ai_edge_quantizer"),
+    extra="onnx",
+    python=(3, 12),
+)
+
+_KERAS = Gate(
+    opener="edgeexit.host.gates.keras:open_keras",
+    what="a Keras file or a SavedModel",
+    modules=("tensorflow", "keras", "ai_edge_quantizer"),
+    extra="tensorflow",
+)
+
+GATES: dict[str, Gate] = {
+    ".pt": _CHECKPOINT,
+    ".pth": _CHECKPOINT,
+    ".th": _CHECKPOINT,
+    ".onnx": _ONNX,
+    ".keras": _KERAS,
+}
 """Suffix of a model file -> its gate."""
 
 
@@ -103,9 +124,7 @@ def open_model(path: Path, asked: Asked) -> Opened:
     UsageError for an absent file, a wrong option and an extra that is not installed (the hint
     says how to get it), Unsupported for kinds that have no gate, BadFile for damaged files.
     """
-    gate = GATES.get(path.suffix.lower(), _CHECKPOINT)
-    if gate is _CHECKPOINT and path.suffix.lower() not in GATES and path.exists():
-        _refuse_foreign(path)
+    gate = _gate_of(path)
     check_installed(gate, path)
     module, _, function = gate.opener.partition(":")
     opened: Opened = getattr(importlib.import_module(module), function)(path, asked)
@@ -127,6 +146,15 @@ def check_installed(gate: Gate, path: Path) -> None:
             f"{path}: {gate.what} needs what is not installed here: {', '.join(absent)}",
             hint=f'pip install "edgeexit[{gate.extra}]" (see README, "Install")',
         )
+
+
+def _gate_of(path: Path) -> Gate:
+    if (path / "saved_model.pb").exists():
+        return _KERAS
+    gate = GATES.get(path.suffix.lower())
+    if gate is None and path.exists():
+        _refuse_foreign(path)
+    return gate or _CHECKPOINT
 
 
 def _refuse_foreign(path: Path) -> None:
