@@ -22,7 +22,6 @@ import json
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -32,17 +31,11 @@ from edgeexit.children import command, environment
 from edgeexit.errors import EdgeExitError
 from edgeexit.machine import Machine
 from edgeexit.names import data_folder
+from edgeexit.runtimes import LITERT, RUNTIMES, TFLITE, Runtime, for_programs, pointer_bits
 from edgeexit.symptoms import Finding, failed, ok, shown, unknown, warning
 
-# Best first, as in interpreter.
-LITERT, TFLITE = "ai-edge-litert", "tflite-runtime"
 CAMERA = "picamera2"
-_INSTALL = f"python3 -m pip install {LITERT}"
-# ai-edge-litert's wheels: Python 3.10 to 3.14, manylinux_2_27, x86_64 and aarch64 (PyPI, version
-# 2.3.0). edgeexit itself asks for 3.11.
-_PYTHONS = ((3, 11), (3, 14))
-_LIBC = (2, 27)
-_ARCHITECTURES = ("x86_64", "aarch64")
+_64 = "install the 64-bit system (Raspberry Pi OS 64-bit)"
 _OLD_TAGS = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 _EXAMPLE = "fashion.edgeexit"
 _TIMEOUT_S = 120.0
@@ -94,7 +87,12 @@ class Installation:
         """Whether a runtime loads, or where nobody tried, is installed."""
         if self.trial is not None:
             return self.trial.runtime is not None
-        return LITERT in self.installed or TFLITE in self.installed
+        return any(runtime.name in self.installed for runtime in RUNTIMES)
+
+    @property
+    def best(self) -> Runtime:
+        """The runtime for programs of this size, whatever the kernel is."""
+        return for_programs(self.pointer_bits)
 
 
 def this_installation(machine: Machine, *, is_quick: bool = False) -> Installation:
@@ -105,7 +103,7 @@ def this_installation(machine: Machine, *, is_quick: bool = False) -> Installati
         implementation=sys.implementation.name,
         python=sys.version_info[:2],
         abi_flags=sys.abiflags,
-        pointer_bits=8 * struct.calcsize("P"),
+        pointer_bits=pointer_bits(),
         architecture=os.uname().machine,
         userland_bits=_userland_bits(machine),
         libc=_libc(),
@@ -119,13 +117,14 @@ def this_installation(machine: Machine, *, is_quick: bool = False) -> Installati
 def _installed() -> tuple[dict[str, str], tuple[str, ...]]:
     versions: dict[str, str] = {}
     tags: tuple[str, ...] = ()
-    for name in (LITERT, TFLITE, "numpy", CAMERA):
+    names = tuple(runtime.name for runtime in RUNTIMES)
+    for name in (*names, "numpy", CAMERA):
         try:
             found = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         versions[name] = found.version
-        if name in (LITERT, TFLITE) and not tags:
+        if name in names and not tags:
             tags = tuple(re.findall(r"^Tag: (.+)$", found.read_text("WHEEL") or "", re.MULTILINE))
     return versions, tags
 
@@ -244,24 +243,24 @@ def _child() -> None:
 
 
 def userland(here: Installation) -> Finding:
-    """Whether this is a 64-bit Linux, which all wheels are for."""
+    """Whether this is a Linux whose programs have 64 bit, which today's wheels are for."""
     if here.system != "linux":
         return failed(f"{here.system}: boards and their sensors are Linux", "run it on Linux")
-    arch = shown(here.architecture)
+    arch, bits, runtime = shown(here.architecture), here.pointer_bits, here.best
     judge = _judge(here)
-    if here.pointer_bits == 64:
-        if here.architecture in _ARCHITECTURES:
-            return ok(f"64 bit, {arch}")
-        return judge(f"no runtime is built for {arch}", "take an aarch64 or x86_64 machine")
+    if here.architecture not in runtime.machines:
+        return judge(f"no runtime is built for {bits}-bit {arch}", "take an aarch64 machine")
+    if bits == 64:
+        return ok(f"64 bit, {arch}")
     if here.userland_bits == 64:
         return judge(
             "a 32-bit Python on a 64-bit system", "make the environment with /usr/bin/python3"
         )
-    is_kernel_64 = here.architecture in _ARCHITECTURES
-    return judge(
-        "32-bit programs on a 64-bit kernel" if is_kernel_64 else f"a 32-bit system ({arch})",
-        "install the 64-bit system (Raspberry Pi OS 64-bit): no wheels exist for 32 bit",
-    )
+    kernel = f"32-bit programs on a 64-bit kernel, which calls itself {arch}"
+    seen = kernel if "64" in arch else f"a 32-bit system ({arch})"
+    if here.has_runtime:
+        return warning(f"{seen}: int8 is computed without XNNPACK", _64)
+    return failed(f"{seen}: no wheels of LiteRT exist for it", f"{runtime.install}; or {_64}")
 
 
 def _judge(here: Installation) -> Callable[[str, str], Finding]:
@@ -271,25 +270,25 @@ def _judge(here: Installation) -> Callable[[str, str], Finding]:
 
 def python(here: Installation) -> Finding:
     """Whether wheels of the runtime exist for this Python."""
-    first, last = (".".join(map(str, version)) for version in _PYTHONS)
+    pythons = here.best.pythons
+    versions = dict.fromkeys(".".join(map(str, version)) for version in pythons)
     version = ".".join(map(str, here.python)) + here.abi_flags
     seen = f"{here.implementation} {version}"
     is_served = (
         here.implementation == "cpython"
         and not here.abi_flags
-        and _PYTHONS[0] <= here.python <= _PYTHONS[1]
+        and pythons[0] <= here.python <= pythons[1]
     )
     if is_served:
         return ok(seen)
-    return _judge(here)(
-        f"{seen}: wheels exist for CPython {first} to {last}", "python3.13 -m venv .venv"
-    )
+    step = _64 if here.pointer_bits == 32 else "python3.13 -m venv .venv"
+    return _judge(here)(f"{seen}: wheels exist for CPython {' to '.join(versions)}", step)
 
 
 def libc(here: Installation) -> Finding:
     """Whether the C library is new enough for the runtime's wheel."""
-    needed = _needed_libc(here.tags) or _LIBC
-    wanted = f"{LITERT if not here.tags else 'the wheel'} needs {needed[0]}.{needed[1]}"
+    needed = _needed_libc(here.tags) or here.best.libc
+    wanted = f"{'the wheel' if here.tags else here.best.name} needs {needed[0]}.{needed[1]}"
     step = "install a newer system (Raspberry Pi OS bookworm has glibc 2.36)"
     if here.libc is None:
         return _judge(here)(f"not glibc (musl?); {wanted} of that", step)
@@ -312,30 +311,25 @@ def _needed_libc(tags: tuple[str, ...]) -> tuple[int, int] | None:
 def runtime(here: Installation) -> Finding:
     """Whether a TFLite runtime is there and can be imported."""
     names = [
-        f"{name} {shown(here.installed[name])}"
-        for name in (LITERT, TFLITE)
-        if name in here.installed
+        f"{known.name} {shown(here.installed[known.name])}"
+        for known in RUNTIMES
+        if known.name in here.installed
     ]
-    trial = here.trial
+    trial, install = here.trial, here.best.install
+    again = install.replace("install ", "install --force-reinstall ")
     if trial is None:
-        return (
-            unknown(f"{names[0]} (not tried)") if names else failed("none is installed", _INSTALL)
-        )
+        return unknown(f"{names[0]} (not tried)") if names else failed("none is installed", install)
     if trial.runtime is None:
         if trial.numpy is None:
             return failed("numpy comes first, and does not load", "see numpy")
         if trial.died:
-            return failed(f"importing {' or '.join(names) or 'it'}: Python {trial.died}", _again())
-        return failed(trial.error or "nothing is known", _again() if names else _INSTALL)
-    if trial.runtime.startswith(TFLITE):
+            return failed(f"importing {' or '.join(names) or 'it'}: Python {trial.died}", again)
+        return failed(trial.error or "nothing is known", again if names else install)
+    if not trial.runtime.startswith(here.best.name):
         return warning(
-            f"{trial.runtime}: no longer made, and computes int8 without XNNPACK", _INSTALL
+            f"{trial.runtime}: no longer made, and computes int8 without XNNPACK", install
         )
     return ok(trial.runtime)
-
-
-def _again() -> str:
-    return f"python3 -m pip install --force-reinstall {LITERT}"
 
 
 def numpy(here: Installation) -> Finding:
@@ -346,10 +340,11 @@ def numpy(here: Installation) -> Finding:
         reason = here.trial and (here.trial.error or died)
         seen = f"it does not load: {reason}" if reason else "it is not installed"
         return failed(seen, "python3 -m pip install --force-reinstall numpy")
-    uses_tflite = TFLITE in here.installed and LITERT not in here.installed
+    uses_tflite = TFLITE.name in here.installed and LITERT.name not in here.installed
     if uses_tflite and not version.startswith(("0.", "1.")):
         return failed(
-            f"{version}, and {TFLITE} was built for numpy 1", 'python3 -m pip install "numpy<2"'
+            f"{version}, and {TFLITE.name} was built for numpy 1",
+            'python3 -m pip install "numpy<2"',
         )
     return ok(version)
 
@@ -363,7 +358,8 @@ def xnnpack(here: Installation) -> Finding:
         silent = "this runtime does not say" if trial.selftest else "the self-test came to no end"
         return unknown(silent)
     if trial.delegate != "XNNPACK":
-        return warning(f"{trial.delegate} compute the shipped example", _INSTALL)
+        step = _64 if here.pointer_bits == 32 else here.best.install
+        return warning(f"{trial.delegate} compute the shipped example", step)
     return ok("it computes all of the shipped example")
 
 

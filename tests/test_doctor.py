@@ -643,6 +643,12 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     (
         "userland",
         FAILED,
+        "no runtime is built for 32-bit x86_64",
+        {"pointer_bits": 32, "architecture": "x86_64", "trial": ABSENT},
+    ),
+    (
+        "userland",
+        FAILED,
         "a 32-bit Python on a 64-bit system",
         {"pointer_bits": 32, "trial": ABSENT},
     ),
@@ -660,6 +666,13 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"python": (3, 15), "trial": ABSENT},
     ),
     ("python", FAILED, "3.10", {"python": (3, 10), "trial": ABSENT}),
+    ("python", OK, "3.11", {"pointer_bits": 32}),
+    (
+        "python",
+        FAILED,
+        "wheels exist for CPython 3.11",
+        {"pointer_bits": 32, "python": (3, 13), "trial": ABSENT},
+    ),
     ("python", WARNING, "pypy", {"implementation": "pypy"}),
     ("python", FAILED, "3.13t", {"python": (3, 13), "abi_flags": "t", "trial": ABSENT}),
     ("libc", FAILED, "glibc 2.24, the wheel needs 2.27", {"libc": (2, 24), "trial": ABSENT}),
@@ -677,6 +690,12 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         {"libc": (2, 17), "tags": ("a-b-manylinux2014_aarch64.manylinux_2_17_aarch64",)},
     ),
     ("libc", FAILED, "not glibc", {"libc": None, "trial": ABSENT}),
+    (
+        "libc",
+        FAILED,
+        "tflite-runtime needs 2.34",
+        {"libc": (2, 31), "tags": (), "pointer_bits": 32, "trial": ABSENT},
+    ),
     ("runtime", OK, "ai-edge-litert 2.3.0", {}),
     ("runtime", FAILED, "no TFLite runtime", {"installed": {}, "trial": ABSENT}),
     ("runtime", FAILED, "SIGILL", {"trial": DEAD}),
@@ -688,6 +707,12 @@ PYTHON_CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         WARNING,
         "without XNNPACK",
         {"trial": dataclasses.replace(WORKS, runtime="tflite-runtime 2.14.0")},
+    ),
+    (
+        "runtime",
+        OK,
+        "tflite-runtime 2.14.0",
+        {"pointer_bits": 32, "trial": dataclasses.replace(WORKS, runtime="tflite-runtime 2.14.0")},
     ),
     ("numpy", OK, "2.4.6", {"trial": None}),
     ("numpy", FAILED, "SIGSEGV", {"trial": Trial(died="was ended by SIGSEGV")}),
@@ -727,6 +752,20 @@ def test_a_sick_installation_is_found_out(
     assert found is not None
     assert (found.status, says in found.seen) == (status, True), found
     assert (found.fix is None) == (status in (OK, UNKNOWN))
+
+
+def test_where_programs_have_32_bit_every_step_is_one_that_can_be_taken_there() -> None:
+    """pip's markers say aarch64 under a 64-bit kernel, but no wheel of LiteRT fits."""
+    sick = dataclasses.replace(
+        SOUND, pointer_bits=32, userland_bits=32, installed={"numpy": "1.24.2"}, trial=ABSENT
+    )
+    found = {name: check(sick) for name, check in installation.CHECKS.items()}
+    steps = {name: finding.fix for name, finding in found.items() if finding and finding.fix}
+
+    assert set(steps) >= {"userland", "runtime"}
+    assert not any("litert" in step for step in steps.values())
+    assert "pip install --no-deps tflite-runtime==2.14.0" in steps["runtime"]
+    assert steps["userland"].endswith("or install the 64-bit system (Raspberry Pi OS 64-bit)")
 
 
 def test_every_check_of_the_installation_is_seen_both_ways() -> None:

@@ -34,6 +34,7 @@ ROOMS = (
     "labelled",
     "samples",
     "calibration",
+    "runtimes",
     "tflite",
     "cut",
     "interpreter",

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgeexit.errors import DeviceError, EdgeExitError, StorageError, Unsupported
-from edgeexit.remote.fitting import NEEDED_BYTES, RUNTIMES, Plan, plan
+from edgeexit.remote.fitting import NEEDED_BYTES, Plan, plan
 from edgeexit.remote.probe import BEGIN, END, SCRIPT, Board, Python, parse
+from edgeexit.runtimes import RUNTIMES
 
 NEON = frozenset({"asimd", "crc32"})
 DEBIAN_12 = {"numpy": "1.24.2", "pillow": "9.4.0", "psutil": "5.9.4", "picamera2": "0.3.12"}

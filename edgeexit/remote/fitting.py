@@ -1,59 +1,17 @@
 """
 What can be put on a board: which Python, which runtime, which wheels; or plainly why nothing fits.
 
-Callers see Plan and plan, which are pure. Hidden here: the table of what the runtimes' wheels were
-built for, and the tests that a Python of the board has to pass for one of them.
+Callers see Plan and plan, which are pure. Hidden here: the tests that a Python of the board has to
+pass for one of the runtimes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgeexit.errors import StorageError, Unsupported, printable
 from edgeexit.remote.probe import Board, Python
+from edgeexit.runtimes import RUNTIMES, Runtime
 
-
-@dataclass(frozen=True, kw_only=True)
-class Runtime:
-    """
-    One TFLite runtime and what its wheels were built for (as on PyPI, by their tags).
-
-    *machines* maps the kernel's word to the wheels' one. *borrowed* are packages that no wheel
-    exists for: they must be the system's own.
-    """
-
-    name: str
-    requirement: str
-    machines: Mapping[str, str]
-    bits: int
-    pythons: tuple[tuple[int, int], tuple[int, int]]
-    libc: tuple[int, int]
-    numpy: str
-    borrowed: tuple[str, ...] = ()
-
-
-# Best first. edgeexit itself asks for Python 3.11.
-RUNTIMES = (
-    Runtime(
-        name="ai-edge-litert",
-        requirement="ai-edge-litert>=2.1,<2.4",
-        machines={"aarch64": "aarch64", "x86_64": "x86_64"},
-        bits=64,
-        pythons=((3, 11), (3, 14)),
-        libc=(2, 27),
-        numpy="numpy>=1.24",
-    ),
-    # The last one with 32-bit wheels; PyPI has neither numpy, pillow nor psutil for armv7l.
-    Runtime(
-        name="tflite-runtime",
-        requirement="tflite-runtime==2.14.0",
-        machines={"aarch64": "armv7l", "armv7l": "armv7l", "armv8l": "armv7l"},
-        bits=32,
-        pythons=((3, 11), (3, 11)),
-        libc=(2, 34),
-        numpy="numpy>=1.24,<2",
-        borrowed=("numpy", "pillow", "psutil"),
-    ),
-)
 _APT = {"numpy": "python3-numpy", "pillow": "python3-pil", "psutil": "python3-psutil"}
 _FEATURES = {"aarch64": "asimd", "armv7l": "neon", "x86_64": "sse4_1"}
 _64 = "install a 64-bit system (Raspberry Pi OS 64-bit, bookworm or newer)"
