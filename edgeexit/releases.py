@@ -1,13 +1,12 @@
 """
 The releases of one application on a board: installed whole, activated, rolled back, collected.
 
-Callers see Releases, its answers, and where a board keeps things. Hidden here: what is meant to
+Callers see Releases and its answers. Hidden here: what is meant to
 happen stands in state.json before it happens, so that whoever comes after a crash finishes or
 undoes it; a release appears by one rename and never changes; `current` and `previous` are links
 that are exchanged by one rename each; nothing is run whose bytes are not those that came.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,8 +31,6 @@ from edgeexit.manifest import Entry, Manifest
 from edgeexit.names import unknown
 from edgeexit.shelf import Shelf
 
-ENVIRONMENT = "EDGEEXIT_HOME"
-
 # A check that was cut short as often as this brings the board down: it is not tried again.
 MOST_TRIES = 3
 # A repair that was cut short as often as this is given up: every link by itself is sound.
@@ -47,12 +44,6 @@ _FAULTS = (BadFile, Unsupported, ParityError, SelfTestError)
 
 Check = Callable[[Path], object]
 """Tries the release folder on this board, and refuses it with an EdgeExitError."""
-
-
-def board_home() -> Path:
-    """Where this board keeps environments, uploads and releases: $EDGEEXIT_HOME or the usual."""
-    named = os.environ.get(ENVIRONMENT)
-    return Path(named) if named else Path.home() / ".local" / "share" / "edgeexit"
 
 
 def applications(home: Path) -> list[str]:
@@ -359,7 +350,8 @@ class Releases:
 
     def _require(self) -> None:
         if not self._shelf.is_there:
-            raise unknown(self.app, applications(self._home), "app on this board")
+            error = unknown(self.app, applications(self._home), "app on this board")
+            raise UsageError(str(error), hint=error.hint or "edgeexit deploy brings one")
 
     # ------------------------------------------------------------ after a crash
 

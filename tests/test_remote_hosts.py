@@ -293,6 +293,7 @@ def test_a_board_is_added_with_its_fingerprint_listed_checked_and_removed(
     removed = typed(capfd, "hosts", "remove", "pi")
 
     assert added == (0, f"pi: written into {hosts_file}, host key {shown}\n", "")
+    assert json.loads(listed[1])["format"] == 1
     (entry,) = json.loads(listed[1])["hosts"]
     assert (entry["name"], entry["fingerprint"], entry["labels"]) == ("pi", shown, ["lab"])
     assert checked[0] == 0

@@ -86,6 +86,7 @@ def add(
     shown = known.fingerprint(key)
     if as_json:
         document = {
+            "format": known.FORMAT,
             "name": host.name,
             "path": str(found.path),
             "fingerprint": shown,
@@ -188,7 +189,7 @@ async def _try(host: "Host") -> EdgeExitError | None:
 def list_hosts(as_json: bool) -> None:
     """List the boards of hosts.toml; nothing is connected to."""
     from edgeexit.files import json_bytes
-    from edgeexit.remote.hosts import Hosts, fingerprint
+    from edgeexit.remote.hosts import FORMAT, Hosts, fingerprint
     from edgeexit.report import text_table
 
     found = Hosts.read()
@@ -208,7 +209,9 @@ def list_hosts(as_json: bool) -> None:
             }
             for host in found.all
         ]
-        click.echo(json_bytes({"path": str(found.path), "hosts": boards}), nl=False)
+        click.echo(
+            json_bytes({"format": FORMAT, "path": str(found.path), "hosts": boards}), nl=False
+        )
         return
     if not found.all:
         click.echo(printable(f"{found.path}: no boards yet"), err=True)

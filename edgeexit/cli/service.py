@@ -15,6 +15,11 @@ from edgeexit.errors import DeviceError, UsageError, printable
 if TYPE_CHECKING:
     from edgeexit.service import Service
 
+# What to do where there is none.
+_NONE = {
+    "app": "edgeexit deploy BUNDLE --host ... brings one",
+    "service": "edgeexit service install SOURCE makes one",
+}
 _APP = click.option("--app", metavar="NAME", help="the deployed app (default: the only one here)")
 _USER = click.option(
     "--user-unit", is_flag=True, help="a service of your own: no root, less fenced"
@@ -165,10 +170,10 @@ def _words(making: dict[str, Any], no_start: bool) -> list[str]:
 
 def _home() -> Path:
     """The board's folder; after sudo that of whoever called it."""
-    from edgeexit.releases import ENVIRONMENT, board_home
+    from edgeexit.names import HOME, board_home
 
     caller = os.environ.get("SUDO_USER")
-    if caller and os.geteuid() == 0 and not os.environ.get(ENVIRONMENT):
+    if caller and os.geteuid() == 0 and not os.environ.get(HOME):
         import pwd
 
         try:
@@ -190,7 +195,7 @@ def _app(app: str | None, found: Sequence[str], what: str) -> str:
         listed = ", ".join(map(printable, found)) or "none"
         raise UsageError(
             f"{len(found)} {what}s here ({listed}), expected one",
-            hint="name one with --app" if found else "edgeexit deploy BUNDLE --host ... brings one",
+            hint="name one with --app" if found else _NONE[what],
         )
     return found[0]
 

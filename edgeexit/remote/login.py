@@ -264,7 +264,8 @@ class _Attempt:
             return self._locked_out()
         for kind, fact, hint in _REASONS:
             if isinstance(error, kind):
-                place = f"{self._options.host}:{self._options.port}"
+                address = self._options.host
+                place = f"{f'[{address}]' if ':' in address else address}:{self._options.port}"
                 detail = f" ({told(error)})" if kind in (OSError, asyncssh.Error) else ""
                 return DeviceError(f"{host.name}: {place} {fact}{detail}", hint=hint)
         raise error
