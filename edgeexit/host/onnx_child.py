@@ -12,6 +12,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def look(
     """
     Check the model in *folder*/given.onnx and write whole.onnx, whose outputs are the exits.
 
-    *where* names the file in errors; *exits* names outputs or inner tensors (none: all outputs);
+    *where* names the file in errors; *exits* names outputs or inner tensors (none: all outputs,
+    by depth);
     *external_from* is the folder with its external data, None where that is not allowed.
     Returns {"input", "shape", "exits": {name: shape}, "ir", "opset", "producer"}; the exits
     are called exit_0, exit_1, ... in the new file, in the order of *exits*.
@@ -210,7 +212,7 @@ def _choose(model: Any, exits: Sequence[str], where: str) -> list[str]:
 
     outputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
     inner = {name for node in model.graph.node for name in node.output if name}
-    chosen = list(exits or outputs)
+    chosen = list(exits) or _by_depth(model.graph, list(outputs))
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"{where}: --exits names one tensor twice: {', '.join(chosen)}")
     for name in chosen:
@@ -225,6 +227,22 @@ def _choose(model: Any, exits: Sequence[str], where: str) -> list[str]:
                 else "name the outputs to answer at: --exits NAME,NAME",
             )
     return chosen
+
+
+def _by_depth(graph: Any, outputs: list[str]) -> list[str]:
+    """*outputs* earliest first: by the nodes shared with others, then by all that they need."""
+    maker = {name: k for k, node in enumerate(graph.node) for name in node.output}
+    needs: dict[str, set[int]] = {}
+    for output in outputs:
+        found, names = needs.setdefault(output, set()), [output]
+        while names:
+            k = maker.get(names.pop())
+            if k is not None and k not in found:
+                found.add(k)
+                names.extend(graph.node[k].input)
+    counts = Counter(k for found in needs.values() for k in found)
+    shared = {output: sum(counts[k] > 1 for k in found) for output, found in needs.items()}
+    return sorted(outputs, key=lambda output: (shared[output], len(needs[output])))
 
 
 def _write_anew(model: Any, source: str, shape: Sequence[int], exits: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ same for all. No gate is imported before a file of its kind comes.
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -92,6 +93,13 @@ _CHECKPOINT = Gate(
     extra="torch",
 )
 
+_PROGRAM = Gate(
+    opener="edgeexit.host.gates.program:open_program",
+    what="a torch program",
+    modules=_TORCH,
+    extra="torch",
+)
+
 _ONNX = Gate(
     opener="edgeexit.host.gates.onnx:open_onnx",
     what="an ONNX file",
@@ -112,6 +120,8 @@ GATES: dict[str, Gate] = {
     ".pth": _CHECKPOINT,
     ".th": _CHECKPOINT,
     ".onnx": _ONNX,
+    ".pt2": _PROGRAM,
+    ".ts": _PROGRAM,
     ".keras": _KERAS,
 }
 """Suffix of a model file -> its gate."""
@@ -125,6 +135,8 @@ def open_model(path: Path, asked: Asked) -> Opened:
     says how to get it), Unsupported for kinds that have no gate, BadFile for damaged files.
     """
     gate = _gate_of(path)
+    if asked.via is not None and gate is not _CHECKPOINT:
+        raise UsageError(f"{path}: {gate.what} takes one road, expected no --via")
     check_installed(gate, path)
     module, _, function = gate.opener.partition(":")
     opened: Opened = getattr(importlib.import_module(module), function)(path, asked)
@@ -154,7 +166,18 @@ def _gate_of(path: Path) -> Gate:
     gate = GATES.get(path.suffix.lower())
     if gate is None and path.exists():
         _refuse_foreign(path)
-    return gate or _CHECKPOINT
+    gate = gate or _CHECKPOINT
+    return _PROGRAM if gate is _CHECKPOINT and _holds_program(path) else gate
+
+
+def _holds_program(path: Path) -> bool:
+    """Whether a file named like a checkpoint is TorchScript, or an exported program."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return False  # the gate says what is wrong with it
+    return "constants.pkl" in names or "archive_format" in names
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -1,15 +1,30 @@
 """The gate for PyTorch checkpoints: weights with the name of the code that builds the network."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from edgeexit.host.checkpoint import load_checkpoint
 from edgeexit.host.gates import Asked, Opened
-from edgeexit.host.lower import from_torch
+from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import Purpose
 from edgeexit.host.torch_answers import torch_logits
+from edgeexit.names import choose, load_attribute
+from edgeexit.preprocess import Preprocess
 
 PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
+
+Road = Callable[[nn.Module, tuple[int, ...], Preprocess], Lowered]
+"""Lowers a network for one input shape, as edgeexit.host.lower.from_torch."""
+
+USUAL = "litert-torch"
+ROADS = {
+    USUAL: "edgeexit.host.lower:from_torch",
+    "onnx2tf": "edgeexit.host.gates.onnx:from_torch",
+}
+"""What --via may name -> its Road, as "module:function"."""
 
 
 def open_checkpoint(path: Path, asked: Asked) -> Opened:
@@ -18,12 +33,14 @@ def open_checkpoint(path: Path, asked: Asked) -> Opened:
 
     Errors as load_checkpoint.
     """
+    via = asked.via or USUAL
+    road = cast(Road, load_attribute(choose(via, ROADS, "road (--via)"), "road"))
     purpose = Purpose.told(asked.calibration, asked.labels, asked.preprocess)
     checkpoint = load_checkpoint(path, arch=asked.arch, purpose=purpose)
     model, shape = checkpoint.model, checkpoint.input_shape
     pruning = checkpoint.metadata.get("pruning")
     return Opened(
-        lower=lambda: from_torch(model, shape, checkpoint.preprocess),
+        lower=lambda: road(model, shape, checkpoint.preprocess),
         framework="torch",
         reference=lambda reals: torch_logits(model, reals),
         input_shape=shape,
@@ -34,6 +51,7 @@ def open_checkpoint(path: Path, asked: Asked) -> Opened:
         training_bloom=checkpoint.training_bloom,
         provenance={
             "arch": checkpoint.arch,
+            **({} if via == USUAL else {"via": via}),
             **({} if pruning is None else {"pruning": _pruning(pruning)}),
         },
         packages=PACKAGES,
