@@ -34,11 +34,12 @@ from edgeexit.files import (
     parse_npz,
     read_bytes,
 )
-from edgeexit.interpreter import open_interpreter
+from edgeexit.interpreter import open_interpreter, try_first
 from edgeexit.names import unknown
 from edgeexit.policy import Parent, Policy
 from edgeexit.preprocess import InputStage, Preprocess
 from edgeexit.tflite import TensorSpec
+from edgeexit.vetting import Held
 
 # 1: first version.
 # 2: parent. Version 1 is read as a bundle without one.
@@ -85,12 +86,13 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One segment of a chain whose bytes are fetched when load is called."""
+    """One segment of a chain; load fetches its bytes, whose SHA-256 digest is."""
 
     exit: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     load: Callable[[], bytes]
+    digest: str
     where: str
 
 
@@ -182,6 +184,7 @@ class Bundle:
                     inputs=segment.inputs,
                     outputs=segment.outputs,
                     load=_reader(self, segment.file),
+                    digest=segment.sha256,
                     where=str(self.path / segment.file),
                 )
                 for segment in self.segments
@@ -194,6 +197,7 @@ class Bundle:
                 inputs=plan.inputs,
                 outputs=plan.outputs,
                 load=_holder(plan.data),
+                digest=digest_of(plan.data),
                 where=f"{where}, cut for {plan.exit!r}",
             )
             for plan in plans
@@ -475,6 +479,8 @@ def write_bundle(
     inputs, outputs = model_io(model_data)
     if len(inputs) != 1:
         raise Unsupported(f"{name}: {len(inputs)} inputs, expected one")
+    pieces = (model_data, *(plan.data for plan in plans))
+    try_first([Held(data, f"{name}: {MODEL}") for data in pieces])
     specs = {spec.name: spec for spec in outputs}
     logits = [plan.outputs[0] for plan in plans]
     contents = {

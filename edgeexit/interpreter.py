@@ -1,9 +1,10 @@
 """
 Open a .tflite file with the runtime that this machine has: LiteRT, else tflite-runtime.
 
-Callers see open_interpreter, runtime_name and check_loads. An opened file shows its inputs and
-outputs as arrays that stay the same for its whole life: fill the inputs, call invoke, read the
-outputs. Hidden here: which package is installed, and how the arrays are reached.
+Callers see open_interpreter, runtime_name, try_first and check_loads: no file is opened here
+that was not tried out before. An opened file shows its inputs and outputs as arrays that stay
+the same for its whole life: fill the inputs, call invoke, read the outputs. Hidden here: which
+package is installed, and how the arrays are reached.
 
 There are two ways. Direct keeps numpy views of the tensors inside the runtime's own memory and
 calls its inner invoke, for the public one refuses to run while views exist. That is safe because
@@ -14,18 +15,17 @@ have no such inner object. Handing 12 KB over costs 0.2 us (views) against 0.8 u
 
 import importlib
 import importlib.metadata
-import math
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeexit.children import command, environment
 from edgeexit.errors import BadFile, DeviceError, Unsupported, UsageError
+from edgeexit.tflite import read_model
+from edgeexit.vetting import TIMEOUT_S, Held, Suspect, perturb, vet
 
 # (module, distribution) in order of preference.
 _RUNTIMES = (
@@ -127,14 +127,20 @@ def runtime_name() -> str:
     return _runtime()[1]
 
 
-def open_interpreter(data: bytes, threads: int = 1, *, where: str = "model") -> Interpreter:
+def open_interpreter(
+    data: bytes, threads: int = 1, *, where: str = "model", is_own: bool = False
+) -> Interpreter:
     """
     Open the .tflite *data* and lay out its memory; *where* names it in errors.
 
-    BadFile if the runtime refuses it, DeviceError if there is no runtime that works.
+    What never passed here is tried out in a child process first, unless it *is_own*: just made
+    here of known parts. BadFile if the runtime refuses it, Unsupported if it cannot be opened
+    safely, DeviceError if there is no runtime that works.
     """
     if threads < 1:
         raise UsageError(f"threads: expected at least 1, found {threads}")
+    if not is_own:
+        try_first([Held(data, where)])
     make, name = _runtime()
     try:
         opened = make(model_content=data, num_threads=threads)
@@ -161,60 +167,75 @@ def _one_line(error: Exception) -> str:
 
 # ---------------------------------------------------------------- trying a file out
 
-_CHILD_MEMORY_BYTES = 6 << 30
-_CHILD = """
-import os, resource, sys
-data_limit, cpu_s = int(sys.argv[1]), int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_AS, (data_limit, data_limit))
-resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s))
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-from edgeexit.interpreter import _try_out
-sys.exit(_try_out(sys.stdin.buffer.read()))
-"""
 
-
-def check_loads(data: bytes, where: str = "model.tflite", *, timeout_s: float = 60) -> None:
+def try_first(suspects: Sequence[Suspect], *, timeout_s: float = TIMEOUT_S) -> None:
     """
-    Open and run the .tflite *data* (with zeros) in a child process.
+    Try out, in one child process, those of *suspects* that never passed on this machine.
 
-    Some files abort or hang the runtime, and with it the process that holds it: so every new
-    file is tried out where that does no harm. Unsupported, in one line, if it does not load,
-    crashes, runs longer than *timeout_s* or takes more than 6 GiB.
+    Whoever opens several files calls this first: one child costs less than one for each. Errors
+    as open_interpreter.
     """
-    limits = [str(_CHILD_MEMORY_BYTES), str(max(1, math.ceil(timeout_s)))]
+    vet(suspects, runtime_name(), timeout_s=timeout_s)
+
+
+def check_loads(data: bytes, where: str = "model.tflite", *, timeout_s: float = TIMEOUT_S) -> None:
+    """
+    Try out the new .tflite *data* in a child process, where it does no harm.
+
+    Unsupported, in one line, if it does not load, crashes, runs longer than *timeout_s* or takes
+    too much memory.
+    """
     try:
-        child = subprocess.run(
-            command("-c", _CHILD, *limits),
-            input=data,
-            capture_output=True,
-            timeout=timeout_s,
-            check=False,
-            env=environment(),
-        )
-    except subprocess.TimeoutExpired as error:
-        raise Unsupported(f"{where}: the runtime hangs on it (over {timeout_s:g} s)") from error
-    if child.returncode == 0:
+        try_first([Held(data, where)], timeout_s=timeout_s)
+    except BadFile as error:
+        raise Unsupported(str(error), hint=error.hint) from error
+
+
+# Of these any value may come; of others, which may be indices, only 0 is sure to be sound.
+_ANY_VALUE = ("float16", "float32", "int8", "uint8", "int16")
+_FILLS = ("zeros", "zeros", "random", "lowest", "highest")
+
+
+def try_out(data: bytes, where: str, is_late: Callable[[], bool]) -> None:
+    """
+    Open *data* twice in memory that is filled differently, and run it; once only if *is_late*.
+
+    BadFile or Unsupported if that fails, or if answers depend on what lay in memory before.
+    """
+    # What is read beyond the lists of a file differs between processes: found by reading alone.
+    with suppress(DeviceError):  # tflite-runtime brings no schema
+        read_model(data, where)
+    answers = []
+    for byte, fills in ((0x5A, _FILLS), (0xA5, ("random",))):
+        perturb(byte)
+        opened = open_interpreter(data, where=where, is_own=True)
+        for fill in fills:
+            for array in opened.inputs.values():
+                _fill(array, fill)
+            try:
+                opened.invoke()
+            except RuntimeError as error:
+                raise BadFile(f"{where}: {runtime_name()} fails: {_one_line(error)}") from error
+            if fill == "random":
+                answers.append([array.tobytes() for array in opened.outputs.values()])
+            if is_late():
+                return
+    if answers[0] != answers[1]:
+        raise Unsupported(f"{where}: its answers depend on what else lies in memory")
+
+
+def _fill(array: NDArray[Any], fill: str) -> None:
+    if fill == "zeros" or array.dtype.name not in _ANY_VALUE:
+        array[...] = 0
         return
-    if child.returncode == 3:
-        raise Unsupported(f"{where}: {child.stdout.decode(errors='replace').strip()}")
-    last = child.stderr.decode(errors="replace").strip().splitlines()[-1:]
-    how = f"signal {-child.returncode}" if child.returncode < 0 else f"code {child.returncode}"
-    raise Unsupported(
-        f"{where}: the runtime crashes on it ({how}){': ' if last else ''}{''.join(last)[:200]}"
-    )
-
-
-def _try_out(data: bytes) -> int:
-    try:
-        opened = open_interpreter(data, where="it does not load")
-        for array in opened.inputs.values():
-            array[...] = 0
-        opened.invoke()
-        opened.invoke()
-    except (BadFile, Unsupported, RuntimeError) as error:
-        sys.stdout.write(_one_line(error))
-        return 3
-    return 0
+    kind, rng = array.dtype, np.random.default_rng(0)
+    if kind.kind == "f":
+        ends: tuple[float, float] = (-1e4, 1e4)
+        random: NDArray[Any] = rng.normal(size=array.shape)
+    else:
+        ends = (np.iinfo(kind).min, np.iinfo(kind).max)
+        random = rng.integers(np.iinfo(kind).min, np.iinfo(kind).max, array.shape)
+    array[...] = {"random": random, "lowest": ends[0], "highest": ends[1]}[fill]
 
 
 def delegate(data: bytes) -> str | None:

@@ -1,5 +1,5 @@
 """
-Turn names into things: an entry of a dict, a "module:attribute", a data folder, a bundle.
+Turn names into things: an entry of a dict, a "module:attribute", a data folder, a bundle, the home.
 
 A wrong word is an error that lists the words there are (of many, the nearest and the first)
 and the nearest one; nothing is guessed. Data folders are found both in an installed wheel and
@@ -8,6 +8,7 @@ in a checkout.
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +16,8 @@ from typing import TypeVar
 from edgeexit.errors import UsageError, printable
 
 T = TypeVar("T")
+
+HOME = "EDGEEXIT_HOME"
 
 _PACKAGE = Path(__file__).resolve().parent
 # A network may have thousands of tensors: an error lists no more names than this.
@@ -79,3 +82,9 @@ def only_bundle_here(folder: Path | None = None) -> Path:
         f"{len(found)} bundles in this folder: {', '.join(map(str, found))}",
         hint="name the one you mean",
     )
+
+
+def board_home() -> Path:
+    """Where edgeexit keeps things on this machine: $EDGEEXIT_HOME or the usual folder."""
+    named = os.environ.get(HOME)
+    return Path(named) if named else Path.home() / ".local" / "share" / "edgeexit"

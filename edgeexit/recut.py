@@ -16,9 +16,10 @@ from edgeexit.bundle import Bundle, SelfTest, write_bundle
 from edgeexit.cut import SegmentPlan, cut, uncut
 from edgeexit.errors import ParityError, Unsupported, UsageError
 from edgeexit.files import json_bytes
-from edgeexit.interpreter import open_interpreter
+from edgeexit.interpreter import open_interpreter, try_first
 from edgeexit.names import unknown
 from edgeexit.policy import Parent, Policy
+from edgeexit.vetting import Held
 
 
 def recut(bundle: Bundle, kept: Sequence[str], path: Path | str) -> Bundle:
@@ -97,6 +98,8 @@ def _check_parity(
 ) -> None:
     """The parent's uncut model, the child's and the child's chain must agree to the last bit."""
     feed = bundle.input.name
+    pieces = (whole, model_data, *(plan.data for plan in plans))
+    try_first([Held(data, f"{bundle.path}, cut down") for data in pieces])
     parent, child = open_interpreter(whole), open_interpreter(model_data)
     chain = [(plan, open_interpreter(plan.data)) for plan in plans]
     for number, tensor in enumerate(inputs):

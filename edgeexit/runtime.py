@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edgeexit.bundle import Bundle, Link
 from edgeexit.device import this_device
 from edgeexit.errors import BadFile, Busy, DeviceError, UsageError
-from edgeexit.interpreter import Interpreter, check_loads, open_interpreter, runtime_name
+from edgeexit.interpreter import Interpreter, check_loads, open_interpreter, runtime_name, try_first
 from edgeexit.policy import Confidence, Policy
 from edgeexit.preprocess import InputStage
 from edgeexit.tflite import TensorSpec
@@ -281,8 +281,9 @@ class Runner:
 
     def _make_segments(self, values: dict[str, memoryview]) -> list[Segment]:
         bundle, policy = self.bundle, self.policy
-        segments = []
-        for link in bundle.chain(policy.kept):
+        segments, links = [], bundle.chain(policy.kept)
+        try_first(links)
+        for link in links:
             index = bundle.exits.index(link.exit)
             confidence = Confidence(policy.measure, bundle.logits[index])
             segments.append(

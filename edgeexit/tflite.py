@@ -10,8 +10,8 @@ is refused here too.
 
 import math
 import struct
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,15 @@ _REFUSED = dict.fromkeys(
     ],
     "keeps state between calls",
 )
+
+# From which input on one may be left out; with any other operator all are read unseen.
+_OPTIONAL_FROM = {
+    **dict.fromkeys(["CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "FULLY_CONNECTED"], 2),
+    **dict.fromkeys(["TRANSPOSE_CONV", "CONV_3D_TRANSPOSE", "SVDF"], 3),
+    **dict.fromkeys(["LSTM", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"], 1),
+    **dict.fromkeys(["RNN", "UNIDIRECTIONAL_SEQUENCE_RNN", "BIDIRECTIONAL_SEQUENCE_RNN"], 1),
+    "CUSTOM": 0,
+}
 
 # What the object API has been seen to raise on garbage.
 _GARBAGE = (
@@ -195,6 +204,8 @@ class Model:
 
     Operators stand in an order in which they can run: each reads only constants, inputs and
     what an earlier one made, and no tensor is made twice. All of that was checked.
+    *signature* names outputs (name -> tensor index) by the file's first signature, if it has one:
+    the order of a file's outputs means nothing.
     """
 
     where: str
@@ -203,6 +214,7 @@ class Model:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     opcodes: tuple[Any, ...]  # the schema's OperatorCodeT
+    signature: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def maker(self) -> dict[int, int]:
@@ -309,9 +321,24 @@ class _Reader:
             inputs=self.indices(graph.InputsAsNumpy(), tensor_count, "inputs"),
             outputs=self.indices(graph.OutputsAsNumpy(), tensor_count, "outputs"),
             opcodes=tuple(opcodes),
+            signature=self.signature(tensor_count),
         )
         self.check_order(model)
         return model
+
+    def signature(self, tensor_count: int) -> dict[str, int]:
+        if not self.root.SignatureDefsLength():
+            return {}
+        first = self.root.SignatureDefs(0)
+        found: dict[str, int] = {}
+        for k in range(self.spend(first.OutputsLength(), "outputs of a signature")):
+            output = first.Outputs(k)
+            name, index = (output.Name() or b""), output.TensorIndex()
+            self.spend(len(name), "bytes")
+            if not 0 <= index < tensor_count:
+                raise self.bad(f"its signature names tensor {index} of {tensor_count}")
+            found[name.decode("utf-8")] = index
+        return found
 
     def indices(self, vector: Any, limit: int, what: str, *, lowest: int = 0) -> tuple[int, ...]:
         if isinstance(vector, int):  # how the schema says "absent"
@@ -442,10 +469,13 @@ class _Reader:
             packed.customOptions = np.frombuffer(self.data, np.uint8, size, offset)
             self.spend(size, "bytes of options")
             packed.largeCustomOptionsOffset = packed.largeCustomOptionsSize = 0
+        inputs = self.indices(raw.InputsAsNumpy(), tensor_count, f"operator {index}", lowest=-1)
+        if -1 in inputs[: _OPTIONAL_FROM.get(kind)]:
+            raise self.bad(f"operator {index} ({kind}) has no input {inputs.index(-1)}")
         return Operator(
             kind=kind,
             opcode=raw.OpcodeIndex(),
-            inputs=self.indices(raw.InputsAsNumpy(), tensor_count, f"operator {index}", lowest=-1),
+            inputs=inputs,
             outputs=self.indices(raw.OutputsAsNumpy(), tensor_count, f"operator {index}"),
             packed=packed,
         )

@@ -1,6 +1,7 @@
 """Options and markers shared by all tests."""
 
 import os
+import tempfile
 from collections.abc import Generator
 from importlib.util import find_spec
 
@@ -8,6 +9,8 @@ import pytest
 
 # Tests run in as many processes as there are cores (make test): more threads only wait.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What passed on this machine is not tried again by the next process; nothing of it at home.
+os.environ.setdefault("EDGEEXIT_HOME", f"{tempfile.gettempdir()}/edgeexit-tests-{os.getuid()}")
 
 # Where it is set nothing may be missing: a test that skips for any other reason has failed.
 NO_SKIPS = "EDGEEXIT_NO_SKIPS"

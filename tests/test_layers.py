@@ -37,6 +37,7 @@ ROOMS = (
     "runtimes",
     "tflite",
     "cut",
+    "vetting",
     "interpreter",
     "policy",
     "machine",

@@ -27,7 +27,8 @@ from edgeexit.files import Table
 from edgeexit.intents import Intent, Links, State
 from edgeexit.locks import hold
 from edgeexit.manifest import MAX_FILES, RECORD, Entry, Manifest
-from edgeexit.releases import MOST_REPAIRS, MOST_TRIES, Releases, applications, board_home
+from edgeexit.names import board_home
+from edgeexit.releases import MOST_REPAIRS, MOST_TRIES, Releases, applications
 from edgeexit.shelf import Shelf
 
 

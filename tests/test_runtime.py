@@ -10,8 +10,8 @@ from tiny import tiny_model
 
 import edgeexit
 from edgeexit.bundle import Bundle, write_bundle
-from edgeexit.errors import BadFile, Busy, Unsupported, UsageError
-from edgeexit.interpreter import check_loads, open_interpreter
+from edgeexit.errors import BadFile, Busy, UsageError
+from edgeexit.interpreter import open_interpreter
 from edgeexit.policy import NEVER, Policy
 from edgeexit.preprocess import Preprocess
 from edgeexit.runtime import Runner
@@ -227,25 +227,6 @@ def test_the_copying_way_answers_alike(bundle: Bundle, monkeypatch: pytest.Monke
     found = np.stack([Runner(bundle, None).raw_logits(sample) for sample in SAMPLES])
 
     assert (found == bundle.selftest().logits).all()
-
-
-def test_check_loads_accepts_sound_and_refuses_broken_files(bundle: Bundle) -> None:
-    data = bundle.model_data()
-    check_loads(data)
-    for broken in (data[:500], b"", b"x" * 1000):
-        with pytest.raises(Unsupported):
-            check_loads(broken)
-
-
-def test_check_loads_survives_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgeexit import interpreter
-
-    monkeypatch.setattr(interpreter, "_CHILD", "import os; os.abort()")
-    with pytest.raises(Unsupported, match="crashes"):
-        check_loads(b"x")
-    monkeypatch.setattr(interpreter, "_CHILD", "import time; time.sleep(30)")
-    with pytest.raises(Unsupported, match="hangs"):
-        check_loads(b"x", timeout_s=0.5)
 
 
 def test_garbage_is_refused_by_open_interpreter() -> None:

@@ -19,7 +19,7 @@ from edgeexit.device import identify
 from edgeexit.files import Table
 from edgeexit.installation import this_installation, try_runtime
 from edgeexit.machine import Machine, this_machine
-from edgeexit.releases import board_home
+from edgeexit.names import board_home
 from edgeexit.state import emulation, machine_facts, read_state
 
 # The version of the result: 1.

@@ -13,7 +13,8 @@ from typing import Any
 from edgeexit import __version__
 from edgeexit.errors import UsageError
 from edgeexit.manifest import Manifest
-from edgeexit.releases import Releases, board_home
+from edgeexit.names import board_home
+from edgeexit.releases import Releases
 
 POLICY = "policies/{}.json"
 

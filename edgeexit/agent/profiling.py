@@ -28,7 +28,7 @@ from edgeexit.errors import BadFile, Busy, EdgeExitError, StorageError, UsageErr
 from edgeexit.files import Table, file_digest, write_file
 from edgeexit.locks import hold
 from edgeexit.manifest import Manifest
-from edgeexit.releases import board_home
+from edgeexit.names import board_home
 
 RESULTS = "results"
 _TELL_S = 0.5

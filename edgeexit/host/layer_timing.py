@@ -46,7 +46,9 @@ def affordable(shape: Shape, inputs: tuple[int, ...], outputs: tuple[int, ...]) 
 
 def _opened(shape: Shape, inputs: int, outputs: int) -> Callable[[], None]:
     """The call that runs one such layer, warmed up."""
-    network = open_interpreter(one_layer(shape, inputs, outputs), where=f"{shape.kind} layer")
+    network = open_interpreter(
+        one_layer(shape, inputs, outputs), where=f"{shape.kind} layer", is_own=True
+    )
     for _ in range(3):
         network.invoke()
     # Taken after the first call, which looks at more than the later ones.

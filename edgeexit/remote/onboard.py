@@ -385,7 +385,7 @@ _OURS: dict[str, Callable[[Path], bool]] = {
     # Copies on their way to a deployment on the board itself.
     "incoming": lambda path: bool(_ID.fullmatch(path.name)) and path.is_dir(),
 }
-_ALONE = ("deploy.lock",)
+_ALONE = ("deploy.lock", "vetted")
 
 
 def _size(path: Path) -> int:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from edgeexit.errors import DeviceError
-from edgeexit.releases import ENVIRONMENT
+from edgeexit.names import HOME
 from edgeexit.remote.hosts import Host
 from edgeexit.remote.link import Done, connect
 
@@ -25,7 +25,7 @@ async def ask(host: Host, words: Sequence[str], *, as_root: bool) -> Done:
         home, program = await link.home(), await link.program()
         if program is None:
             raise link.absent()
-        named = ["env", f"{ENVIRONMENT}={home}", program, "service", *words]
+        named = ["env", f"{HOME}={home}", program, "service", *words]
         asked = ["sudo", "-n", *named] if as_root and link.user != "root" else named
         refused = (await link.run(["sudo", "-n", "true"])).code if asked[0] == "sudo" else 0
         if refused == _NOT_FOUND:
