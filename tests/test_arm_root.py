@@ -11,7 +11,7 @@ from pathlib import Path
 import arm
 import pytest
 from board import Board
-from root import ENVIRONMENT, layer
+from root import ENVIRONMENT, PYTHON, layer, layers
 
 PROGRAM = """
 import sys, time
@@ -88,6 +88,16 @@ def test_another_recipe_is_another_layer() -> None:
 
     assert named(["a", "b"]) == named(["a", "b"])
     assert len({named(recipe) for recipe in (["a"], ["a", "b"], ["ab"])}) == 3
+
+
+def test_python_there_finds_byte_code_and_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real cache
+    with arm.or_skip():
+        site, system = layers(ready=True)
+    is_same = ".".join(map(str, sys.version_info[:2])) == PYTHON
+    for package in (site / "opt/site/numpy", system / f"usr/lib/python{PYTHON}/json"):
+        code = package / "__pycache__" / f"__init__.cpython-{PYTHON.replace('.', '')}.pyc"
+        assert code.is_file() == is_same
 
 
 def test_a_login_is_on_a_board_that_ends_with_it(

@@ -121,8 +121,8 @@ def profile(cpu: str, nets: Path, name: str, folder: Path) -> Any:
 
 def _said(cpu: str, nets: Path, folder: Path, words: str, code: int = 0) -> str:
     """What a counting machine's Python prints that is given *words*, and ends with *code*."""
-    from machine import Machine, compile_python
-    from root import SITE
+    from machine import Machine
+    from root import SITE, compile_python
 
     files = folder / "files"
     shutil.rmtree(files, ignore_errors=True)

@@ -14,9 +14,7 @@ the layers of root.py, started afresh each time, with no way to any network. Two
 Machines run one at a time, and none outlives the process that started it.
 """
 
-import compileall
 import os
-import py_compile
 import re
 import shutil
 import socket
@@ -29,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from login import USER, USER_ID, Login, accounts, keygen, must
-from root import PYTHON, SITE, CannotBuild, cache, extract, layer, layers, system
+from root import SITE, CannotBuild, cache, extract, layer, layers, system
 
 from edgeexit.errors import EdgeExitError
 from edgeexit.locks import hold
@@ -281,13 +279,10 @@ def disk(*, ready: bool) -> Path:
         (whole / "etc/hosts").write_text("127.0.0.1 localhost\n")
         (whole / "sbin/start").write_text(_START)
         (whole / "sbin/start").chmod(0o755)
-        for name in (SITE, f"usr/lib/python{PYTHON}"):
-            if (whole / name).is_dir():
-                compile_python(whole / name, whole)
         make_image(whole, folder / "disk.img", _DISK_MB)
         shutil.rmtree(whole)
 
-    recipe = [*(each.name for each in below), _START, str(accounts()), str(_is_same_python())]
+    recipe = [*(each.name for each in below), _START, str(accounts())]
     return layer("disk", [*recipe, str(_DISK_MB), str(_VERSION)], build)
 
 
@@ -299,27 +294,6 @@ def make_image(folder: Path, image: Path, size_mb: int | None = None) -> None:
     image.unlink(missing_ok=True)
     without = "^has_journal,^metadata_csum,^64bit"
     must("mke2fs", "-q", "-t", "ext4", "-O", without, "-d", str(folder), str(image), f"{size_mb}M")
-
-
-def compile_python(folder: Path, root: Path, where: str = "/") -> None:
-    """
-    Put byte code beside the programs in *folder*, for a machine that has *root* at *where*.
-
-    Does nothing unless this Python is the machine's: then that compiles what it imports itself.
-    """
-    if _is_same_python():
-        compileall.compile_dir(
-            folder,
-            rx=re.compile(r"/tests?/|/lib2to3/"),
-            quiet=2,
-            stripdir=str(root),
-            prependdir=where,
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
-
-
-def _is_same_python() -> bool:
-    return ".".join(map(str, sys.version_info[:2])) == PYTHON
 
 
 def _initramfs(busybox: bytes, modules: Path) -> bytes:

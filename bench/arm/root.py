@@ -10,9 +10,12 @@ named after its recipe; it is complete or not there, and never written to again.
 two registries, and Debian's packages mmdebstrap and arch-test.
 """
 
+import compileall
 import hashlib
 import json
 import os
+import py_compile
+import re
 import shutil
 import subprocess
 import sys
@@ -57,13 +60,23 @@ def cache() -> Path:
 def system(packages: Sequence[str] = ()) -> Path:
     """The Debian with PACKAGES and these *packages* more. CannotBuild."""
     wanted = sorted({*PACKAGES, *packages})
-    return layer("system", [SUITE, *wanted], lambda folder: extract(wanted, folder))
+
+    def build(folder: Path) -> None:
+        extract(wanted, folder)
+        compile_python(folder / f"usr/lib/python{PYTHON}", folder)
+
+    return layer("system", [SUITE, *wanted, str(_is_same_python())], build)
 
 
 def site(wheels: Sequence[str] = WHEELS) -> Path:
     """A layer whose SITE folder holds *wheels* and what they need. CannotBuild."""
     wanted = sorted(wheels)
-    return layer("site", [PYTHON, *wanted], lambda folder: _install(wanted, folder / SITE))
+
+    def build(folder: Path) -> None:
+        _install(wanted, folder / SITE)
+        compile_python(folder / SITE, folder)
+
+    return layer("site", [PYTHON, *wanted, str(_is_same_python())], build)
 
 
 def layers(*, ready: bool) -> list[Path]:
@@ -106,6 +119,28 @@ def extract(packages: Sequence[str], folder: Path) -> None:
     for name in ("hostname", "resolv.conf"):  # copies of this machine's
         (folder / "etc" / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "var" / "lib" / "apt", ignore_errors=True)
+
+
+def compile_python(folder: Path, root: Path, where: str = "/") -> None:
+    """
+    Put byte code beside the programs in *folder*, for a machine that has *root* at *where*.
+
+    Debian's installer does that on a board. Does nothing unless this Python is the machine's:
+    then that compiles what it imports at every start.
+    """
+    if _is_same_python():
+        compileall.compile_dir(
+            folder,
+            rx=re.compile(r"/tests?/|/lib2to3/"),
+            quiet=2,
+            stripdir=str(root),
+            prependdir=where,
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+
+
+def _is_same_python() -> bool:
+    return ".".join(map(str, sys.version_info[:2])) == PYTHON
 
 
 def _install(wheels: Sequence[str], folder: Path) -> None:
