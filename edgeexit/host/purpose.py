@@ -83,19 +83,23 @@ class Purpose:
             )
         return told
 
-    def fitting(self, where: str, input_shape: tuple[int, ...], layout: str) -> "Purpose":
+    def fitting(
+        self, where: str, input_shape: tuple[int, ...], layout: str | None = None
+    ) -> "Purpose":
         """
         This, for the file *where* that takes *input_shape*; UsageError if that does not fit.
 
-        Pictures lie in *layout* ("nchw", "nhwc"), whatever the preprocessing says.
+        Pictures lie in *layout* ("nchw", "nhwc"), whatever the preprocessing says; without one
+        they lie channels-first, unless only channels-last fits.
         """
         preprocess = self.preprocess
         made = self.input_shape or input_shape
         if preprocess.kind == "image":
-            preprocess = replace(preprocess, layout=layout)
             height, width, channels = preprocess.sample_shape
-            axes = {"nchw": (channels, height, width), "nhwc": (height, width, channels)}
-            made = (1, *axes[layout])
+            axes = {"nchw": (1, channels, height, width), "nhwc": (1, height, width, channels)}
+            fits = [name for name, shape in axes.items() if shape == input_shape]
+            layout = layout or (*fits, "nchw")[0]
+            preprocess, made = replace(preprocess, layout=layout), axes[layout]
         if input_shape != made:
             raise UsageError(
                 f"{where}: takes {list(input_shape)}, its preprocessing makes {list(made)}",
@@ -106,8 +110,13 @@ class Purpose:
 
 def read_labels(path: Path) -> tuple[str, ...]:
     """The class names of a text file, one a line, in the order of the logits. BadFile if not."""
+    return parse_labels(read_bytes(path), str(path))
+
+
+def parse_labels(data: bytes, path: str) -> tuple[str, ...]:
+    """As read_labels, of the bytes of a file called *path*."""
     try:
-        lines = read_bytes(path).decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise BadFile(f"{path}: expected class names as UTF-8 text, one a line") from error
     names = tuple(line.strip() for line in lines)

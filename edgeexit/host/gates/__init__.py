@@ -115,7 +115,10 @@ _KERAS = Gate(
     extra="tensorflow",
 )
 
+_TFLITE = Gate(opener="edgeexit.host.gates.tflite:open_tflite", what="a .tflite file")
+
 GATES: dict[str, Gate] = {
+    ".tflite": _TFLITE,
     ".pt": _CHECKPOINT,
     ".pth": _CHECKPOINT,
     ".th": _CHECKPOINT,
