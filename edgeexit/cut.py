@@ -25,6 +25,7 @@ __all__ = [
     "exit_order",
     "model_io",
     "read_model",
+    "transposes",
     "uncut",
 ]
 
@@ -160,6 +161,49 @@ def uncut(
     names = _unique_names(model, used, keep={*inputs, *outputs})
     _check_names(model, {*inputs, *outputs})
     return write_model(model, operators, inputs, outputs, description="edgeexit", names=names)
+
+
+def transposes(
+    data: bytes, exits: Mapping[str, str], *, where: str = "model.tflite"
+) -> tuple[int, int]:
+    """
+    How many TRANSPOSE operators the model has, and how many of them stand at a seam.
+
+    At a seam: the operator, or a RESHAPE of what it makes, makes a boundary tensor; or it reads
+    one that an earlier segment made, or a RESHAPE of it. Errors as cut.
+    """
+    model = read_model(data, where)
+    roads = _Roads(model, exits)
+    segment = {
+        i: k
+        for k, group in enumerate(roads.groups(list(roads.ancestors)).values())
+        for i in group
+        if i not in roads.constant
+    }
+    maker = model.maker
+    readers: dict[int, set[int]] = {}
+    for i in segment:
+        for tensor in model.operators[i].inputs:
+            readers.setdefault(tensor, set()).add(i)
+
+    def reads_earlier(i: int) -> bool:
+        source = model.operators[i].inputs[0]
+        before = maker.get(source)
+        if before not in segment:
+            return False
+        if segment[before] < segment[i]:
+            return True
+        return model.operators[before].kind == "RESHAPE" and reads_earlier(before)
+
+    def hands_over(i: int) -> bool:
+        after = readers.get(model.operators[i].outputs[0], set())
+        return any(
+            segment[j] > segment[i] or (model.operators[j].kind == "RESHAPE" and hands_over(j))
+            for j in after
+        )
+
+    turned = [i for i in segment if model.operators[i].kind == "TRANSPOSE"]
+    return len(turned), sum(reads_earlier(i) or hands_over(i) for i in turned)
 
 
 class _Roads:

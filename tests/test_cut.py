@@ -13,11 +13,21 @@ import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
+from float_graphs import FloatGraph
 from graphs import Graph, Op, Recipe, Type, build, finish, recipes
 from hypothesis import HealthCheck, given, settings
 from tiny import tiny_model
 
-from edgeexit.cut import SegmentPlan, TensorSpec, cut, drop_dead, exit_order, model_io, uncut
+from edgeexit.cut import (
+    SegmentPlan,
+    TensorSpec,
+    cut,
+    drop_dead,
+    exit_order,
+    model_io,
+    transposes,
+    uncut,
+)
 from edgeexit.errors import BadFile, EdgeExitError, Unsupported, UsageError
 from edgeexit.files import Table
 from edgeexit.interpreter import open_interpreter
@@ -530,3 +540,38 @@ def test_a_foreign_file_cut_at_its_one_exit_answers_the_same(path: Path) -> None
         opened.inputs[name].reshape(-1).view(np.uint8)[:] = bytes_in
         opened.invoke()
     assert np.array_equal(whole.outputs[outputs[0].name], segment.outputs[plan.outputs[0].name])
+
+
+def turned(places: list[str]) -> bytes:
+    """A net with exits "early" and "late" and a TRANSPOSE at each of *places*."""
+    graph = FloatGraph(1, 4, 4)
+    order = graph.constant("order", np.array([0, 2, 1]))
+    axes = graph.constant("axes", np.array([1]))
+
+    def at(place: str, tensor: str) -> str:
+        if place not in places:
+            return tensor
+        turned = graph.add("TRANSPOSE", [tensor, order], f"{place} turned", (1, 4, 4))
+        shape = graph.constant(f"{place} shape", np.array([1, 4, 4]))
+        options = {"newShape": [1, 4, 4]}
+        return graph.add("RESHAPE", [turned, shape], place, (1, 4, 4), **options)
+
+    shared = at("handed over", graph.add("EXP", ["input"], "shared", (1, 4, 4)))
+    graph.add("MEAN", [at("early head", shared), axes], "early", (1, 4))
+    late = graph.add("TANH", [at("taken over", shared)], "deep", (1, 4, 4))
+    graph.add("MEAN", [at("late head", late), axes], "late", (1, 4))
+    return graph.data("early", "late")
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    [
+        ([], (0, 0)),
+        (["early head", "late head"], (2, 0)),
+        (["handed over"], (1, 1)),
+        (["taken over"], (1, 1)),
+        (["handed over", "taken over", "late head"], (3, 2)),
+    ],
+)
+def test_transpositions_at_seams_are_counted(places: list[str], expected: tuple[int, int]) -> None:
+    assert transposes(turned(places), {"early": "early", "late": "late"}) == expected

@@ -1,0 +1,153 @@
+"""What onnx2tf makes is rewritten: other operators, the same answers, good int8."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from float_graphs import FloatGraph
+
+from edgeexit import tflite
+from edgeexit.host.answers import RealSamples
+from edgeexit.host.lowered import named
+from edgeexit.host.tidy import tidy
+from edgeexit.interpreter import open_interpreter
+from edgeexit.preprocess import Preprocess
+
+RNG = np.random.default_rng(7)
+ROWS = Preprocess(kind="array", layout="as-is")
+
+
+def matmul(graph: FloatGraph, *, turned: bool = False, leading: tuple[int, ...] = ()) -> str:
+    weights = RNG.normal(size=(*leading, 8, 6))
+    graph.constant("w", np.swapaxes(weights, -1, -2) if turned else weights)
+    return graph.add("BATCH_MATMUL", ["input", "w"], "product", (1, 4, 6), adjY=turned)
+
+
+def biased(graph: FloatGraph, order: int = 1) -> str:
+    matmul(graph)
+    graph.constant("b", RNG.normal(size=6))
+    return graph.add("ADD", ["product", "b"][::order], "sum", (1, 4, 6), fusedActivationFunction=1)
+
+
+def root(graph: FloatGraph) -> str:
+    graph.add("MUL", ["input", "input"], "square", (1, 4, 8))
+    graph.add("ADD", ["square", graph.constant("eps", [0.5])], "more", (1, 4, 8))
+    graph.add("SQRT", ["more"], "root", (1, 4, 8))
+    return graph.add("DIV", [graph.constant("one", [1.0]), "root"], "scale", (1, 4, 8))
+
+
+def quotient(graph: FloatGraph) -> str:
+    graph.add("EXP", ["input"], "positive", (1, 4, 8))
+    graph.add("SQRT", ["positive"], "root", (1, 4, 8))
+    return graph.add("DIV", ["input", "root"], "scaled", (1, 4, 8))
+
+
+def pooled(graph: FloatGraph) -> str:
+    axes = graph.constant("axes", np.array([1]))
+    graph.add("MEAN", ["input", axes], "kept", (1, 1, 8), keepDims=True)
+    shape = graph.constant("shape", np.array([1, 8]))
+    return graph.add("RESHAPE", ["kept", shape], "flat", (1, 8), newShape=[1, 8])
+
+
+def activated(graph: FloatGraph) -> str:
+    matmul(graph)
+    turn = graph.constant("turn", np.array([0, 2, 1]))
+    graph.add("TRANSPOSE", ["product", turn], "turned", (1, 6, 4))
+    shape = graph.constant("shape", np.array([1, 24]))
+    graph.add("RESHAPE", ["turned", shape], "flat", (1, 24), newShape=[1, 24])
+    return graph.add("RELU", ["flat"], "positive", (1, 24))
+
+
+def idle(graph: FloatGraph) -> str:
+    shape = graph.constant("shape", np.array([1, 4, 8]))
+    graph.add("RESHAPE", ["input", shape], "same", (1, 4, 8), newShape=[1, 4, 8])
+    return graph.add("EXP", ["same"], "grown", (1, 4, 8))
+
+
+CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
+    "constant product": (matmul, ["FULLY_CONNECTED"]),
+    "its weights turned": (lambda g: matmul(g, turned=True), ["FULLY_CONNECTED"]),
+    "its weights with an axis of one": (lambda g: matmul(g, leading=(1,)), ["FULLY_CONNECTED"]),
+    "product and bias": (biased, ["FULLY_CONNECTED"]),
+    "bias and product": (lambda g: biased(g, -1), ["FULLY_CONNECTED"]),
+    "one over a root": (root, ["MUL", "ADD", "RSQRT"]),
+    "value over a root": (quotient, ["EXP", "RSQRT", "MUL"]),
+    "mean that keeps its axes": (pooled, ["MEAN"]),
+    "activation of a moved product": (activated, ["FULLY_CONNECTED", "TRANSPOSE", "RESHAPE"]),
+    "reshaped to what it is": (idle, ["EXP"]),
+}
+
+
+def answers(data: bytes, values: np.ndarray) -> list[np.ndarray]:
+    network = open_interpreter(data)
+    network.inputs["input"][...] = values
+    network.invoke()
+    return [output.copy() for output in network.outputs.values()]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_other_operators_give_the_same_answers(case: str) -> None:
+    make, kinds = CASES[case]
+    graph = FloatGraph(1, 4, 8)
+    end = make(graph)
+    data = graph.data(end)
+    values = RNG.normal(size=(1, 4, 8)).astype(np.float32)
+
+    written, exits = tidy(data, {"end": tflite.read_model(data).outputs[0]}, "net")
+
+    model = tflite.read_model(written)
+    assert [operator.kind for operator in model.operators] == kinds
+    assert list(exits) == ["end"]
+    assert exits["end"] == model.outputs[0]
+    (before,), (after,) = answers(data, values), answers(written, values)
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_what_is_read_twice_or_is_an_exit_stays() -> None:
+    graph = FloatGraph(1, 4, 8)
+    biased(graph)
+    graph.add("EXP", ["product"], "beside", (1, 4, 6))
+    data = graph.data("sum", "beside", "product")
+    outputs = tflite.read_model(data).outputs
+    values = RNG.normal(size=(1, 4, 8)).astype(np.float32)
+
+    written, _ = tidy(data, dict(zip(("a", "b", "c"), outputs, strict=True)), "net")
+
+    kinds = [operator.kind for operator in tflite.read_model(written).operators]
+    assert kinds == ["FULLY_CONNECTED", "ADD", "EXP"]
+    for before, after in zip(answers(data, values), answers(written, values), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def test_a_product_of_two_computed_values_is_left_alone() -> None:
+    graph = FloatGraph(1, 4, 4)
+    graph.add("EXP", ["input"], "grown", (1, 4, 4))
+    graph.add("BATCH_MATMUL", ["input", "grown"], "product", (1, 4, 4))
+    data = graph.data("product")
+
+    written, _ = tidy(data, {"end": tflite.read_model(data).outputs[0]}, "net")
+
+    kinds = [operator.kind for operator in tflite.read_model(written).operators]
+    assert kinds == ["EXP", "BATCH_MATMUL"]
+
+
+@pytest.mark.host
+@pytest.mark.parametrize("is_tidy", [True, False])
+def test_a_constant_product_survives_int8(is_tidy: bool) -> None:
+    """Quantized as BATCH_MATMUL its weights get their scales along the wrong axis."""
+    from edgeexit.host.schemes import SCHEMES
+
+    graph = FloatGraph(1, 4, 8)
+    weights = graph.constant("w", RNG.normal(size=(8, 6)) * np.logspace(-1, 1, 8)[:, None])
+    graph.add("BATCH_MATMUL", ["input", weights], "product", (1, 4, 6))
+    graph.add("MEAN", ["product", graph.constant("axes", np.array([1]))], "mean", (1, 6))
+    head = graph.constant("v", RNG.normal(size=(3, 6)))
+    graph.add("FULLY_CONNECTED", ["mean", head, ""], "end", (1, 3))
+    data = graph.data("end")
+    exits = {"end": tflite.read_model(data).outputs[0]}
+    reals = RealSamples(RNG.normal(size=(64, 4, 8)).astype(np.float32), ROWS)
+
+    lowered = named(*(tidy(data, exits, "net") if is_tidy else (data, exits)))
+    quantized = SCHEMES["int8"](lowered, reals, None)
+
+    assert (quantized.agreement["end"] > 0.9) == is_tidy
