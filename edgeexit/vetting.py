@@ -190,33 +190,31 @@ TryOut = Callable[[bytes, str, Callable[[], bool]], None]
 
 def child(try_out: TryOut) -> None:
     """Try out what comes on stdin: the child's whole life."""
-    letter = memoryview(sys.stdin.buffer.read())
-    chunks = []
-    while letter:
-        end = 8 + int.from_bytes(letter[:8], "little")
-        chunks.append(bytes(letter[8:end]))
-        letter = letter[end:]
+    letter = sys.stdin.buffer.read()
     answer = os.fdopen(os.dup(1), "w")
     # Whatever a runtime prints is nobody's answer, and could be without end.
     nowhere = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):
         os.dup2(nowhere, handle)
-    files = [(w.decode(), data) for w, data in zip(chunks[::2], chunks[1::2], strict=True)]
-    attempt(files, try_out, float(sys.argv[1]), answer)
+    attempt(letter, try_out, float(sys.argv[1]), answer)
 
 
-def attempt(
-    files: Sequence[tuple[str, bytes]], try_out: TryOut, timeout_s: float, answer: IO[str]
-) -> None:
-    """Try *files* under limits that this process will not get rid of again."""
+def attempt(letter: bytes, try_out: TryOut, timeout_s: float, answer: IO[str]) -> None:
+    """Try the files in *letter* under limits that this process will not get rid of again."""
+    files, rest = [], memoryview(letter)
+    while rest:
+        end = 8 + int.from_bytes(rest[:8], "little")
+        files.append(bytes(rest[8:end]))
+        rest = rest[end:]
 
     def say(**words: object) -> None:
         answer.write(f"{json.dumps(words)}\n")
         answer.flush()
 
-    _limit(timeout_s, len(files))
+    _limit(timeout_s, len(files) // 2)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
-    for number, (where, data) in enumerate(files):
+    for number, (name, data) in enumerate(zip(files[::2], files[1::2], strict=True)):
+        where = name.decode()
         say(at=number)
         signal.setitimer(signal.ITIMER_REAL, timeout_s)
         try:
