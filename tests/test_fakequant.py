@@ -11,8 +11,9 @@ from edgeexit.host import lower, zoo  # noqa: E402
 from edgeexit.host.answers import RealSamples  # noqa: E402
 from edgeexit.host.fakequant import Simulated  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
-from edgeexit.host.quantize import _real_logits, int8  # noqa: E402
+from edgeexit.host.quantize import real_logits  # noqa: E402
 from edgeexit.host.recover import typical  # noqa: E402
+from edgeexit.host.schemes import int8  # noqa: E402
 from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from tests import host_nets, trained  # noqa: E402
 
@@ -39,7 +40,7 @@ def test_its_errors_are_as_large_as_those_of_the_real_file() -> None:
     quantized = int8(lowered, reals)
 
     wanted = torch_logits(model, reals)
-    real = _real_logits(quantized.data, quantized.exits, reals)
+    real = real_logits(quantized.data, quantized.exits, reals)
     simulated = torch_logits(Simulated(model, typical(reals), quantized.ranges), reals)
 
     for exit, logits in wanted.items():

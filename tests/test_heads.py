@@ -22,7 +22,7 @@ from edgeexit.host.heads import (  # noqa: E402
 )
 from edgeexit.host.layers import ConvUnit, ExitHead, PooledHead  # noqa: E402
 from edgeexit.host.model import exit_outputs  # noqa: E402
-from edgeexit.host.quantize import int8  # noqa: E402
+from edgeexit.host.schemes import int8  # noqa: E402
 from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from edgeexit.preprocess import Preprocess  # noqa: E402
 from tests import host_nets  # noqa: E402

@@ -10,6 +10,7 @@ passed. Which framework that is, the gates know: nothing here needs torch.
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,16 +19,17 @@ import numpy as np
 from edgeexit import cut
 from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
-from edgeexit.host import quantize
 from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits
 from edgeexit.host.ends import as_given
 from edgeexit.host.gates import Asked, Opened, open_model
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import read_labels, read_preprocess
-from edgeexit.interpreter import open_interpreter
-from edgeexit.names import choose
+from edgeexit.host.quantize import Quantized
+from edgeexit.host.schemes import SCHEMES, find_scheme
+from edgeexit.interpreter import open_interpreter, try_first
 from edgeexit.preprocess import quantize as to_stored
 from edgeexit.samples import SPLITS, Samples, find_set, is_set, load_samples
+from edgeexit.vetting import Held
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,8 +62,8 @@ def convert(
     Convert the model file *model_path* and write the bundle *out* (default ./NAME.edgeexit).
 
     *calibration* is a set (its `ranges` split is used), or a folder of pictures or an .npz that
-    is used whole; default: the set that the file names. *scheme* is one of quantize.SCHEMES
-    (default int8; a file that is quantized already stays as it is); *arch* as load_checkpoint.
+    is used whole; default: the set that the file names. *scheme* is as find_scheme takes
+    it (default int8; a file that is quantized already stays as it is); *arch* as load_checkpoint.
     *labels* and *preprocess* are files that say what the model file does not; *exits* and the
     rest as gates.Asked. An existing bundle at *out* is replaced; its policies survive only if
     the new bundle is the same byte for byte.
@@ -73,7 +75,7 @@ def convert(
     model_path = Path(model_path)
     target = Path(f"{model_path.stem}.edgeexit") if out is None else Path(out)
     if scheme is not None:
-        choose(scheme, quantize.SCHEMES, "scheme")
+        find_scheme(scheme)
     check_target(target)
     asked = Asked(
         arch=arch,
@@ -113,7 +115,7 @@ def build(
     reals: RealSamples,
     scheme: str = "int8",
     is_checked: bool = True,
-    provenance: Callable[[quantize.Quantized], Mapping[str, Any]],
+    provenance: Callable[[Quantized], Mapping[str, Any]],
     on_step: OnStep,
     **rest: Any,
 ) -> Bundle:
@@ -134,12 +136,13 @@ def build(
         some = reals.first(PARITY_SAMPLES if is_checked else FEWEST_SAMPLES)
         answers = opened.reference(some)
         expected = {name: rows.reshape(len(rows), -1) for name, rows in answers.items()}
-        found = as_given(tflite_logits(lowered.data, lowered.exits, some), lowered.endings)
-        check_parity(expected, found, some, must_differ=is_checked)
+        logits = tflite_logits(lowered.data, lowered.exits, some)
+        found = as_given(logits, lowered.endings)
+        check_parity(expected, found, some, logits=logits, must_differ=is_checked)
         on_step(f"compare with {opened.framework}", 1.0)
 
     on_step("quantize", 0.0)
-    make = quantize.unquantized if opened.scheme else choose(scheme, quantize.SCHEMES, "scheme")
+    make = SCHEMES["float"] if opened.scheme else find_scheme(scheme)
     quantized = make(lowered, reals, lambda done: on_step("quantize", min(done, 0.999)))
     on_step("quantize", 1.0)
 
@@ -175,7 +178,13 @@ class _Ranges:
 
 def _scheme(opened: Opened, asked: str | None, path: Path) -> str:
     if opened.scheme is None:
-        return asked or "int8"
+        scheme = asked or "int8"
+        if scheme in SCHEMES and scheme != "float" and not find_spec("ai_edge_quantizer"):
+            raise UsageError(
+                f"{path}: --scheme {scheme} needs what is not installed here: ai_edge_quantizer",
+                hint='pip install "edgeexit[quantize]", or say --scheme float',
+            )
+        return scheme
     if asked not in (None, opened.scheme):
         raise Unsupported(
             f"{path}: is quantized already ({opened.scheme}), expected a float network for "
@@ -249,6 +258,7 @@ def check_chain(data: bytes, exits: Mapping[str, str], reals: RealSamples) -> No
     ParityError unless every logit of every exit is the same bit for bit.
     """
     plans = cut.cut(data, exits)
+    try_first([Held(piece, "cut network") for piece in (data, *(plan.data for plan in plans))])
     chain = [(plan, open_interpreter(plan.data)) for plan in plans]
     whole = open_interpreter(data)
     (feed,) = cut.model_io(data)[0]
@@ -271,8 +281,9 @@ def check_chain(data: bytes, exits: Mapping[str, str], reals: RealSamples) -> No
                 )
 
 
-def _provenance(opened: Opened, ranges: _Ranges, quantized: quantize.Quantized) -> dict[str, Any]:
+def _provenance(opened: Opened, ranges: _Ranges, quantized: Quantized) -> dict[str, Any]:
     """What the bundle was made of and how well it went; no path, no time, no machine."""
+    turned, at_seams = cut.transposes(quantized.data, quantized.exits)
     return {
         "model_digest": opened.digest,
         **opened.provenance,
@@ -285,5 +296,6 @@ def _provenance(opened: Opened, ranges: _Ranges, quantized: quantize.Quantized) 
         },
         "float_agreement": {name: round(v, 6) for name, v in quantized.agreement.items()},
         "outside_xnnpack": dict(quantized.outside_xnnpack),
+        "transposes": {"count": turned, "at_seams": at_seams},
         "versions": {name: importlib.metadata.version(name) for name in opened.packages},
     }

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from edgeexit.errors import BadFile
 from edgeexit.host.model import exit_outputs
-from edgeexit.host.quantize import RANGES, Histogram
+from edgeexit.host.ranges import RANGES, Histogram
 
 LAYERS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 NORM = "batch_norm"
@@ -37,7 +37,7 @@ class Simulated(nn.Module):
     *model* with its weights and activations rounded as in int8; its parameters are the model's.
 
     *inputs* (N, ...) are typical samples as the network takes them, N >= 1, on which activation
-    ranges are taken now and by every calibrate(); *ranges* is one of quantize.RANGES. Batch norms
+    ranges are taken now and by every calibrate(); *ranges* is one of ranges.RANGES. Batch norms
     keep their statistics in train mode too, for the int8 file has them folded in.
     """
 

@@ -196,7 +196,7 @@ def bias_correct(model: nn.Module, reals: RealSamples, *, ranges: str = "minmax"
     Shift the biases of *model* in place so that int8 keeps each layer's mean output.
 
     See Simulated.correct_biases; *reals* are samples as for activation ranges, *ranges* is how
-    the int8 file reads them (quantize.RANGES). Returns how many layers were shifted.
+    the int8 file reads them (ranges.RANGES). Returns how many layers were shifted.
     """
     return Simulated(model, typical(reals), ranges).correct_biases()
 
