@@ -79,6 +79,7 @@ def command(
     edgeexit convert model.pt --calibration pictures/    # class subfolders
     edgeexit convert model.pt --scheme float -o reference.edgeexit
     edgeexit convert model.pt --prune smaller.toml       # prune on the way
+    edgeexit convert net.tflite --exits map1,map2,final --calibration SET
     """
     from edgeexit.host.convert import convert
 
@@ -132,6 +133,8 @@ def _document(bundle: "Bundle", steps: Steps) -> str:
         "ranges": bundle.provenance["ranges"],
         "float_agreement": bundle.provenance["float_agreement"],
         "outside_xnnpack": bundle.provenance["outside_xnnpack"],
+        "transposes": bundle.provenance["transposes"],
+        "heads": bundle.provenance.get("heads"),
         "seconds": {name: round(value, 3) for name, value in steps.seconds.items()},
         "peak_bytes": _peak_bytes(),
     }
@@ -152,11 +155,19 @@ def _table(bundle: "Bundle", steps: Steps) -> str:
     used = origin["ranges"]
     tried = ", ".join(f"{name} {value:.1%}" for name, value in used["held_out_agreement"].items())
     slow = ", ".join(f"{count} {name}" for name, count in origin["outside_xnnpack"].items())
+    turned = origin["transposes"]
     lines += [
         "",
         f"activation ranges    {used['chosen']}, {used['count']} samples of {used['samples']}"
         + (f" ({tried})" if tried else ""),
         f"outside XNNPACK      {slow or 'none'}",
+        f"transpositions       {turned['count']}, {turned['at_seams']} of them at seams",
         f"time, peak memory    {sum(steps.seconds.values()):.1f} s, {_peak_bytes() / 1e6:.0f} MB",
     ]
+    if heads := origin.get("heads"):
+        right = ", ".join(f"{k} {v:.1%}" for k, v in heads["held_out_accuracy"].items())
+        lines.append(
+            f"fitted exits         {len(heads['at'])}, on {heads['fitted_on']} samples; right on "
+            f"{heads['held_out']} others: {right}"
+        )
     return "\n".join(lines)
