@@ -85,6 +85,7 @@ def check_parity(
     found: "Mapping[str, NDArray[np.float32]]",
     reals: RealSamples,
     *,
+    logits: "Mapping[str, NDArray[np.float32]] | None" = None,
     must_differ: bool = True,
 ) -> dict[str, float]:
     """
@@ -93,22 +94,22 @@ def check_parity(
     Returns exit name -> largest difference over the exit's largest |logit|. ParityError if
     that exceeds TOLERANCE anywhere, or if the answers differ so little among themselves that
     equality proves nothing: fewer than DISTINCT_ANSWERS (or than there are distinct samples)
-    when counted in steps of the tolerance. Without *must_differ* that passes.
+    when counted in steps of the tolerance. Without *must_differ* that passes. *logits* are looked
+    at in their place where the answers are probabilities, which are mostly 0 and 1.
     """
     flat = reals.samples.reshape(len(reals), -1)
     wanted = min(DISTINCT_ANSWERS, len({row.tobytes() for row in flat}))
     errors: dict[str, float] = {}
-    for name, logits in expected.items():
-        peak = max(float(np.abs(logits).max()), float(np.finfo(np.float32).tiny))
-        steps = np.rint(logits.astype(np.float64) / (peak * TOLERANCE))
-        distinct = len(np.unique(steps, axis=0))
+    for name, answers in expected.items():
+        peak = _peak(answers)
+        distinct = _distinct(answers if logits is None else logits[name])
         if must_differ and distinct < wanted:
             raise ParityError(
                 f"exit {name!r}: {distinct} distinct answers to {len(reals)} samples, expected "
                 f"{wanted} or more: comparing them would prove nothing",
                 hint="train the network, or re-estimate its batch statistics on real samples",
             )
-        errors[name] = float(np.abs(found[name] - logits).max()) / peak
+        errors[name] = float(np.abs(found[name] - answers).max()) / peak
         if not errors[name] <= TOLERANCE:
             raise ParityError(
                 f"exit {name!r}: the lowered network strays from the given one by "
@@ -116,3 +117,12 @@ def check_parity(
                 hint="an operator is lowered wrongly: please report this network",
             )
     return errors
+
+
+def _peak(values: "NDArray[np.float32]") -> float:
+    return max(float(np.abs(values).max()), float(np.finfo(np.float32).tiny))
+
+
+def _distinct(values: "NDArray[np.float32]") -> int:
+    steps = np.rint(values.astype(np.float64) / (_peak(values) * TOLERANCE))
+    return len(np.unique(steps, axis=0))

@@ -98,6 +98,12 @@ def to_logits(model: Model, exits: Mapping[str, int]) -> Ended:
     return Ended(model=graft.model, exits=ended, endings=endings)
 
 
+def width(model: Model, index: int) -> int | None:
+    """How many classes the tensor *index* answers with, seen as an exit; None for maps."""
+    shape = model.tensors[_before_end(model, index)[0]].shape
+    return math.prod(shape) if math.prod(shape) == (shape[-1] if shape else 1) else None
+
+
 def _before_end(model: Model, given: int) -> tuple[int, str]:
     """The tensor that the end of an exit starts from, and what that end makes of it."""
     maker, place, ending = model.maker, given, "logits"

@@ -7,6 +7,7 @@ but the graph, operators that reach no exit go, and the file is tried out where 
 harm.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -46,8 +47,14 @@ def named(data: bytes, exits: Mapping[str, int], where: str = WHERE) -> Lowered:
     operators that TFLite's runtime has no kernel for, several inputs, two exits that are one
     tensor, or exits that are no classifiers.
     """
-    _check_kernels(data)
-    ended = to_logits(tflite.read_model(data, where), exits)
+    check_kernels(data, where)
+    return from_model(tflite.read_model(data, where), exits)
+
+
+def from_model(model: tflite.Model, exits: Mapping[str, int]) -> Lowered:
+    """As named, for a file that was taken apart already."""
+    where = model.where
+    ended = to_logits(model, exits)
     renamed, names = _rename(ended.model, ended.exits)
     alive = cut.drop_dead(renamed, names, where=where)
     check_loads(alive, where)
@@ -57,6 +64,32 @@ def named(data: bytes, exits: Mapping[str, int], where: str = WHERE) -> Lowered:
         exits={name: names[name] for name in order},
         endings={name: ended.endings[name] for name in order},
     )
+
+
+def by_depth(model: tflite.Model, exits: Mapping[str, int]) -> dict[str, int]:
+    """
+    *exits* earliest first where only the graph can tell, for files whose order means nothing.
+
+    First the operators shared with other exits count, then all those that an exit needs.
+    """
+    needed = {name: _ancestors(model, index) for name, index in exits.items()}
+    counts = Counter(place for places in needed.values() for place in places)
+
+    def depth(name: str) -> tuple[int, int]:
+        return sum(counts[place] > 1 for place in needed[name]), len(needed[name])
+
+    return {name: exits[name] for name in sorted(exits, key=depth)}
+
+
+def _ancestors(model: tflite.Model, index: int) -> set[int]:
+    found: set[int] = set()
+    maker, waiting = model.maker, [index]
+    while waiting:
+        place = maker.get(waiting.pop())
+        if place is not None and place not in found:
+            found.add(place)
+            waiting.extend(model.operators[place].inputs)
+    return found
 
 
 def _rename(model: tflite.Model, exits: Mapping[str, int]) -> tuple[bytes, dict[str, str]]:
@@ -83,7 +116,8 @@ def _rename(model: tflite.Model, exits: Mapping[str, int]) -> tuple[bytes, dict[
     return renamed, {name: name for name in exits}
 
 
-def _check_kernels(data: bytes) -> None:
+def check_kernels(data: bytes, where: str = WHERE) -> None:
+    """Unsupported if the .tflite *data* has operators that TFLite's runtime has no kernel for."""
     # A converter passes on what it has no TFLite operator for under names like these.
     from ai_edge_litert import schema_py_generated as schema
 
@@ -94,11 +128,13 @@ def _check_kernels(data: bytes) -> None:
         word = words.get(max(code.BuiltinCode(), code.DeprecatedBuiltinCode()), "CUSTOM")
         custom = (code.CustomCode() or b"").decode(errors="replace")
         if "Detection_PostProcess" in custom:
-            raise Unsupported("this is detection (it answers with boxes), expected a classifier")
+            raise Unsupported(
+                f"{where}: this is detection (it answers with boxes), expected a classifier"
+            )
         if word == "CUSTOM" or word.startswith("STABLEHLO"):
             word = f"{word} {custom}".strip()
             raise Unsupported(
-                f"operator {word} has no kernel in TFLite's runtime",
+                f"{where}: operator {word} has no kernel in TFLite's runtime",
                 hint="replace it in the network by operators that TFLite has",
             )
 
@@ -109,11 +145,5 @@ def signature_outputs(data: bytes) -> dict[str, int]:
 
     The order of a file's outputs means nothing: converters change it.
     """
-    from ai_edge_litert import schema_py_generated as schema
-
-    model = schema.Model.GetRootAs(data, 0)
-    if not model.SignatureDefsLength():
-        return {}
-    signature = model.SignatureDefs(0)
-    outputs = [signature.Outputs(k) for k in range(signature.OutputsLength())]
-    return {output.Name().decode(): output.TensorIndex() for output in outputs}
+    check_kernels(data)
+    return dict(tflite.read_model(data, WHERE).signature)
