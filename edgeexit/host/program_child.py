@@ -73,13 +73,16 @@ def _open(
     )
     data = (folder / GIVEN).read_bytes()
     with quietly():
-        inner, purpose = _reader(data)(data, where, purpose)
+        inner, purpose = _reader(data, where)(data, where, purpose)
     return _Chosen(inner, exits), purpose
 
 
-def _reader(data: bytes) -> Callable[[bytes, str, Purpose], tuple[nn.Module, Purpose]]:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        is_program = any(name.endswith("/archive_format") for name in archive.namelist())
+def _reader(data: bytes, where: str) -> Callable[[bytes, str, Purpose], tuple[nn.Module, Purpose]]:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            is_program = any(name.endswith("/archive_format") for name in archive.namelist())
+    except zipfile.BadZipFile as error:
+        raise _damaged(error, where) from error
     return _program if is_program else _script
 
 
