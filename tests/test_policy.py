@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from decimal import Context, Decimal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,16 @@ from hypothesis.extra.numpy import arrays
 
 from edgeexit.errors import BadFile, UsageError
 from edgeexit.files import json_bytes, parse_json
-from edgeexit.policy import ALWAYS, DROPPED, MEASURES, NEVER, Confidence, Parent, Policy
+from edgeexit.policy import (
+    ALWAYS,
+    DROPPED,
+    MEASURES,
+    NEVER,
+    Confidence,
+    Parent,
+    Policy,
+    _weights,
+)
 from edgeexit.tflite import TensorSpec
 
 
@@ -36,6 +46,17 @@ def some_policy(**changes: object) -> Policy:
         thresholds=(0.75, DROPPED),
     )
     return replace(policy, kept=(), **changes)
+
+
+@pytest.mark.parametrize("scale", [3e-5, 0.0005, 0.01, 0.05, 0.11, 1.0, 30.0, 1e29])
+def test_weights_of_8_and_16_bit_logits_are_those_of_decimal_arithmetic(scale: float) -> None:
+    context, many = Context(prec=60), _weights(scale, 2**16)
+    few = [*range(0, 256, 5), *range(256, 2**16, 4001), 2**16 - 1]
+    power = [context.exp(context.multiply(Decimal(-scale), Decimal(d))) for d in few]
+
+    wanted = [int(context.multiply(p, Decimal(2**40)).to_integral_value()) for p in power]
+    assert [many[d] for d in few] == wanted
+    assert _weights(scale, 2**8) == many[: 2**8]
 
 
 @pytest.mark.parametrize("measure", MEASURES)
