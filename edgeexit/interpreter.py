@@ -24,14 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexit.errors import BadFile, DeviceError, Unsupported, UsageError
+from edgeexit.runtimes import RUNTIMES, TFLITE, for_programs, pointer_bits
 from edgeexit.tflite import read_model
 from edgeexit.vetting import TIMEOUT_S, Held, Suspect, perturb, vet
-
-# (module, distribution) in order of preference.
-_RUNTIMES = (
-    ("ai_edge_litert.interpreter", "ai-edge-litert"),
-    ("tflite_runtime.interpreter", "tflite-runtime"),
-)
 
 
 class Interpreter(Protocol):
@@ -108,17 +103,19 @@ def _indices(details: list[dict[str, Any]]) -> dict[str, int]:
 @cache
 def _runtime() -> tuple[Any, str]:
     """The Interpreter class of the runtime that is installed, and what to call it."""
-    for module_name, distribution in _RUNTIMES:
+    for runtime in RUNTIMES:
         try:
-            module = importlib.import_module(module_name)
+            module = importlib.import_module(runtime.module)
         except ModuleNotFoundError:
             continue
         except ImportError as error:
-            raise DeviceError(f"{distribution} is installed but does not load: {error}") from error
-        return module.Interpreter, f"{distribution} {importlib.metadata.version(distribution)}"
+            raise DeviceError(f"{runtime.name} is installed but does not load: {error}") from error
+        return module.Interpreter, f"{runtime.name} {importlib.metadata.version(runtime.name)}"
+    bits = pointer_bits()
     raise DeviceError(
-        "no TFLite runtime on this machine (looked for ai-edge-litert and tflite-runtime)",
-        hint="pip install ai-edge-litert",
+        f"no TFLite runtime for these {bits}-bit programs "
+        f"(looked for {' and '.join(runtime.name for runtime in RUNTIMES)})",
+        hint=for_programs(bits).install,
     )
 
 
@@ -151,14 +148,38 @@ def open_interpreter(
         # tflite-runtime 2.14 was built for numpy 1 and fails so under numpy 2.
         raise DeviceError(
             f"{name} does not work with numpy {np.__version__}",
-            hint="pip install ai-edge-litert, or numpy<2",
+            hint='python3 -m pip install "numpy<2"',
         ) from error
+    if name.startswith(TFLITE.name):
+        _refuse_wrong(opened, name, where)
     inner = getattr(opened, "_interpreter", None)
     way = _Direct if hasattr(inner, "tensor") and hasattr(inner, "Invoke") else _Copying
     try:
         return way(opened, where)
     except ValueError as error:
         raise BadFile(f"{where}: a tensor has no place in memory: {_one_line(error)}") from error
+
+
+def _refuse_wrong(opened: Any, name: str, where: str) -> None:
+    """
+    Unsupported for what tflite-runtime computes wrongly without a word.
+
+    It knows one scale only for the weights of a FULLY_CONNECTED that reads floats, and takes the
+    first where each output has its own: 1 answer in 8 was right.
+    """
+    tensors = {detail["index"]: detail for detail in opened.get_tensor_details()}
+    for operator in opened._get_ops_details():
+        if operator["op_name"] != "FULLY_CONNECTED":
+            continue
+        values, weights = (tensors.get(int(index)) for index in operator["inputs"][:2])
+        if values is None or weights is None or values["dtype"] is not np.float32:
+            continue
+        if len(weights["quantization_parameters"]["scales"]) > 1:
+            raise Unsupported(
+                f"{where}: {name} computes FULLY_CONNECTED wrongly where float values meet weights "
+                "with several scales",
+                hint="convert with --scheme int8 or float16, or use a 64-bit system with LiteRT",
+            )
 
 
 def _one_line(error: Exception) -> str:

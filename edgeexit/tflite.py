@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeexit.errors import BadFile, DeviceError, EdgeExitError, Unsupported
 from edgeexit.files import Table
+from edgeexit.runtimes import LITERT, for_programs, pointer_bits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -227,9 +228,13 @@ def _schema() -> Any:
     try:
         from ai_edge_litert import schema_py_generated
     except ImportError as error:
+        wanted = for_programs(pointer_bits())
         raise DeviceError(
-            f"cutting a model needs the package ai-edge-litert: {error}",
-            hint="pip install ai-edge-litert; or drop no exits on this machine",
+            f"taking networks apart and cutting them needs {LITERT.name}, not here: {error}",
+            hint=f"{LITERT.install}; or cut elsewhere: edgeexit tune -o SMALLER.edgeexit"
+            if wanted is LITERT
+            else "32-bit programs cannot have it: profile and cut on a 64-bit system (edgeexit "
+            "tune -o SMALLER.edgeexit) and run the result here",
         ) from error
     return schema_py_generated
 

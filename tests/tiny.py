@@ -12,7 +12,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 _INT8 = 9
+_INT16 = 7
 _INT32 = 2
+_INT64 = 4
 _FLOAT32 = 0
 _BUILTIN = {"CONV_2D": 3, "FULLY_CONNECTED": 9, "MEAN": 40}
 
@@ -26,8 +28,8 @@ class TinyModel:
 
 
 class _Graph:
-    def __init__(self, quantized: bool) -> None:
-        self.quantized = quantized
+    def __init__(self, scheme: str, heads_per_channel: bool) -> None:
+        self.scheme, self.heads_per_channel = scheme, heads_per_channel
         self.tensors: list[schema.TensorT] = []
         self.operators: list[schema.OperatorT] = []
         self.buffers = [schema.BufferT()]
@@ -54,9 +56,11 @@ class _Graph:
         return len(self.tensors) - 1
 
     def value(self, name, shape, scale, zero_point):
-        if not self.quantized:
-            return self.tensor(name, shape, _FLOAT32)
-        return self.tensor(name, shape, _INT8, scale=scale, zero_point=zero_point)
+        if self.scheme == "int8":
+            return self.tensor(name, shape, _INT8, scale=scale, zero_point=zero_point)
+        if self.scheme == "int16x8":
+            return self.tensor(name, shape, _INT16, scale=scale / 128)
+        return self.tensor(name, shape, _FLOAT32)
 
     def operator(self, code, inputs, output, options_type, options):
         if code not in self.codes:
@@ -70,20 +74,24 @@ class _Graph:
 
     def weights(self, name, real, input_scale):
         channels = real.shape[0]
-        if not self.quantized:
-            return (
-                self.tensor(f"{name}/w", real.shape, _FLOAT32, real.astype(np.float32)),
-                self.tensor(f"{name}/b", (channels,), _FLOAT32, np.zeros(channels, np.float32)),
-            )
         scale = np.abs(real.reshape(channels, -1)).max(axis=1) / 127
-        if "head" in name:
+        if "head" in name and not self.heads_per_channel:
             scale = scale.max(keepdims=True)
         shaped = scale.reshape((-1,) + (1,) * (real.ndim - 1))
         stored = np.rint(real / shaped).astype(np.int8)
-        bias = np.zeros(channels, np.int32)
+        if self.scheme in ("float", "dynamic"):
+            if self.scheme == "float":
+                weights = self.tensor(f"{name}/w", real.shape, _FLOAT32, real.astype(np.float32))
+            else:
+                weights = self.tensor(f"{name}/w", real.shape, _INT8, stored, scale=scale)
+            bias = np.zeros(channels, np.float32)
+            return weights, self.tensor(f"{name}/b", (channels,), _FLOAT32, bias)
+        kind, zeros = _INT32, np.zeros(channels, np.int32)
+        if self.scheme == "int16x8":
+            kind, zeros, input_scale = _INT64, np.zeros(channels, np.int64), input_scale / 128
         return (
             self.tensor(f"{name}/w", real.shape, _INT8, stored, scale=scale),
-            self.tensor(f"{name}/b", (channels,), _INT32, bias, scale=scale * input_scale),
+            self.tensor(f"{name}/b", (channels,), kind, zeros, scale=scale * input_scale),
         )
 
     def pack(self, inputs, outputs):
@@ -115,14 +123,18 @@ def tiny_model(
     seed: int = 0,
     quantized: bool = True,
     skip: bool = False,
+    scheme: str | None = None,
+    heads_per_channel: bool = False,
 ) -> TinyModel:
     """
     A multi-exit net for (1, H, W, channels) inputs; input scale 1/255, zero point -128.
 
-    With *skip* the last head also reads the first map, so that a value passes over segments.
+    *scheme* is int8 (as *quantized*), float, dynamic or int16x8; heads have one scale for their
+    weights, or one for each class. With *skip* the last head also reads the first map, so that a
+    value passes over segments.
     """
     rng = np.random.default_rng(seed)
-    g = _Graph(quantized)
+    g = _Graph(scheme or ("int8" if quantized else "float"), heads_per_channel)
     height, width_px = size
     current = g.value("input", (1, height, width_px, channels), 1 / 255, -128)
     inputs, outputs, names = [current], [], {}

@@ -31,14 +31,13 @@ def command(bundle: Path | None, as_json: bool) -> None:
 
 def _document(bundle: "Bundle") -> dict[str, Any]:
     from edgeexit.files import read_json
-    from edgeexit.tflite import read_model
 
     segments = [
         {
             "file": segment.file,
             "exit": segment.exit,
             "bytes": segment.bytes,
-            "operators": len(read_model(bundle.read_file(segment.file), segment.file).operators),
+            "operators": _operators(bundle, segment.file),
             "inputs": [spec.to_document() for spec in segment.inputs],
             "outputs": [spec.to_document() for spec in segment.outputs],
         }
@@ -68,6 +67,17 @@ def _document(bundle: "Bundle") -> dict[str, Any]:
     }
 
 
+def _operators(bundle: "Bundle", file: str) -> int | None:
+    """How many operators the segment in *file* has; None where no schema tells it."""
+    from edgeexit.errors import DeviceError
+    from edgeexit.tflite import read_model
+
+    try:
+        return len(read_model(bundle.read_file(file), file).operators)
+    except DeviceError:
+        return None
+
+
 def _shape(spec: "TensorSpec") -> str:
     return f"{spec.dtype} {'x'.join(map(str, spec.shape))}"
 
@@ -94,7 +104,7 @@ def _text(bundle: "Bundle", document: dict[str, Any]) -> str:
     rows = [("exit", "bytes", "ops", "hands over")]
     for segment, entry in zip(bundle.segments, document["segments"], strict=True):
         handed = ", ".join(map(_shape, segment.outputs[1:])) or "-"
-        rows.append((segment.exit, str(segment.bytes), str(entry["operators"]), handed))
+        rows.append((segment.exit, str(segment.bytes), str(entry["operators"] or "?"), handed))
     rows.append(("uncut", str(document["model_bytes"]), "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines.append("")
