@@ -131,7 +131,7 @@ def command(
     from edgeexit.collect import Limits
     from edgeexit.files import check_output, json_bytes, write_file
 
-    host = _board_for(device_name, host_name)
+    host = board_for(device_name, host_name)
     bundle = load_bundle(bundle_path or names.only_bundle_here())
 
     def path_for(device: str) -> Path:
@@ -195,7 +195,7 @@ class _Order:
     path_for: Callable[[str], Path]
 
 
-def _board_for(device_name: str | None, host_name: str | None) -> "Host | None":
+def board_for(device_name: str | None, host_name: str | None) -> "Host | None":
     """
     The host to measure on: *host_name*, or the one of hosts.toml that is a *device_name*.
 

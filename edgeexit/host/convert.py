@@ -19,13 +19,14 @@ import numpy as np
 from edgeexit import cut
 from edgeexit.bundle import Bundle, check_target, write_bundle
 from edgeexit.errors import BadFile, ParityError, Unsupported, UsageError
+from edgeexit.host import contest
 from edgeexit.host.answers import RealSamples, check_parity, spread, tflite_logits
 from edgeexit.host.ends import as_given
 from edgeexit.host.gates import Asked, Opened, open_model
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import read_labels, read_preprocess
 from edgeexit.host.quantize import Quantized
-from edgeexit.host.schemes import SCHEMES, find_scheme
+from edgeexit.host.schemes import AUTO, SCHEMES, find_scheme
 from edgeexit.interpreter import open_interpreter, try_first
 from edgeexit.preprocess import quantize as to_stored
 from edgeexit.samples import SPLITS, Samples, find_set, is_set, load_samples
@@ -41,6 +42,7 @@ FEWEST_SAMPLES = 16  # what the self-test holds; ranges from fewer would mean li
 SELFTEST_SAMPLES = 16
 PARITY_SAMPLES = 128
 CHAIN_SAMPLES = 256
+HELD_SAMPLES = 1000
 
 
 def convert(
@@ -57,13 +59,15 @@ def convert(
     via: str | None = None,
     is_pickle_trusted: bool = False,
     is_external_allowed: bool = False,
+    measure: contest.Measure | None = None,
 ) -> Bundle:
     """
     Convert the model file *model_path* and write the bundle *out* (default ./NAME.edgeexit).
 
     *calibration* is a set (its `ranges` split is used), or a folder of pictures or an .npz that
-    is used whole; default: the set that the file names. *scheme* is as find_scheme takes
-    it (default int8; a file that is quantized already stays as it is); *arch* as load_checkpoint.
+    is used whole; default: the set that the file names. *scheme* is as find_scheme takes it
+    (default int8; a file that is quantized already stays as it is), or AUTO: what
+    *measure* (default: this machine) finds fastest; *arch* as load_checkpoint.
     *labels* and *preprocess* are files that say what the model file does not; *exits* and the
     rest as gates.Asked. An existing bundle at *out* is replaced; its policies survive only if
     the new bundle is the same byte for byte.
@@ -74,8 +78,8 @@ def convert(
     step = (lambda name, done: None) if on_step is None else on_step
     model_path = Path(model_path)
     target = Path(f"{model_path.stem}.edgeexit") if out is None else Path(out)
-    if scheme is not None:
-        find_scheme(scheme)
+    if scheme not in (None, AUTO):
+        find_scheme(str(scheme))
     check_target(target)
     asked = Asked(
         arch=arch,
@@ -91,15 +95,28 @@ def convert(
     step("load", 0.0)
     opened = open_model(model_path, asked)
     scheme = _scheme(opened, scheme, model_path)
-    ranges = _find_ranges(opened, _source(opened, calibration))
+    source = _source(opened, calibration)
+    ranges = _find_ranges(opened, source)
     reals = RealSamples(ranges.samples.samples, opened.preprocess)
     step("load", 1.0)
+
+    def choose(lowered: Lowered, tell: Callable[[float], None]) -> contest.Choice:
+        fit, held = _held_back(opened, source, ranges.samples)
+        return contest.pick(
+            lowered,
+            fit,
+            held,
+            measure=measure or contest.here(),
+            write=lambda path, name, made: _write(opened, path, made, reals, scheme=name),
+            on_step=tell,
+        )
 
     return build(
         opened,
         target,
         reals=reals,
         scheme=scheme,
+        choose=choose if scheme == AUTO else None,
         provenance=lambda quantized: _provenance(opened, ranges, quantized),
         on_step=step,
         calibration_set=ranges.calibration_set,
@@ -114,6 +131,7 @@ def build(
     *,
     reals: RealSamples,
     scheme: str = "int8",
+    choose: Callable[[Lowered, Callable[[float], None]], contest.Choice] | None = None,
     is_checked: bool = True,
     provenance: Callable[[Quantized], Mapping[str, Any]],
     on_step: OnStep,
@@ -122,7 +140,8 @@ def build(
     """
     The middle of the road: lower what was *opened*, quantize it on *reals*, write *target*.
 
-    *rest* goes to write_bundle. Without *is_checked* the chain is not compared with the uncut
+    *choose* is told the lowered network and says which scheme to take for *scheme*. *rest* goes
+    to write_bundle. Without *is_checked* the chain is not compared with the uncut
     network, and the framework on a few samples only, whose answers need not differ: for bundles
     that are measured and thrown away. Errors as convert.
     """
@@ -141,6 +160,13 @@ def build(
         check_parity(expected, found, some, logits=logits, must_differ=is_checked)
         on_step(f"compare with {opened.framework}", 1.0)
 
+    chosen = {}
+    if choose is not None:
+        on_step("choose a scheme", 0.0)
+        choice = choose(lowered, lambda done: on_step("choose a scheme", min(done, 0.999)))
+        scheme, chosen = choice.scheme, {"scheme_choice": choice.to_document()}
+        on_step("choose a scheme", 1.0)
+
     on_step("quantize", 0.0)
     make = SCHEMES["float"] if opened.scheme else find_scheme(scheme)
     quantized = make(lowered, reals, lambda done: on_step("quantize", min(done, 0.999)))
@@ -152,7 +178,30 @@ def build(
         on_step("cut and compare", 1.0)
 
     on_step("write", 0.0)
-    bundle = write_bundle(
+    bundle = _write(
+        opened,
+        target,
+        quantized,
+        reals,
+        scheme=Path(scheme).name if scheme.endswith(".json") else scheme,
+        provenance={**provenance(quantized), **chosen},
+        **rest,
+    )
+    on_step("write", 1.0)
+    return bundle
+
+
+def _write(
+    opened: Opened,
+    target: Path,
+    quantized: Quantized,
+    reals: RealSamples,
+    *,
+    scheme: str,
+    provenance: Mapping[str, Any] | None = None,
+    **rest: Any,
+) -> Bundle:
+    return write_bundle(
         target,
         name=target.name.removesuffix(".edgeexit"),
         model_data=quantized.data,
@@ -161,11 +210,9 @@ def build(
         preprocess=opened.preprocess,
         selftest=reals.samples[np.sort(spread(len(reals))[:SELFTEST_SAMPLES])],
         scheme=scheme,
-        provenance=provenance(quantized),
+        provenance=provenance or {},
         **rest,
     )
-    on_step("write", 1.0)
-    return bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +279,28 @@ def _find_ranges(opened: Opened, source: str) -> _Ranges:
             hint="500 typical samples make good activation ranges",
         )
     return _Ranges(samples=samples, calibration_set=found)
+
+
+def _held_back(opened: Opened, source: str, samples: Samples) -> tuple[RealSamples, contest.Held]:
+    """
+    The *samples* for ranges while schemes compete, and others to compare their answers on.
+
+    Those are of the set's tuning split if it has one; else a fifth of *samples* is held back.
+    """
+    if is_set(source) and "tuning" in find_set(source).splits:
+        fit = samples
+        held = load_samples(
+            f"{source}:tuning", opened.preprocess, opened.class_names, opened.input_shape
+        )
+    else:
+        order, fifth = spread(len(samples)), len(samples) // 5
+        held, fit = samples[order[:fifth]], samples[order[fifth:]]
+    held = held[spread(len(held))[:HELD_SAMPLES]]
+    return RealSamples(fit.samples, opened.preprocess), contest.Held(
+        reals=RealSamples(held.samples, opened.preprocess),
+        labels=held.labels if held.is_labelled else None,
+        name=held.name,
+    )
 
 
 def _check_classes(lowered: Lowered, class_names: Sequence[str]) -> None:

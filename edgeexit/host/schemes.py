@@ -1,7 +1,7 @@
 """
 The ways to make a network smaller and faster that `convert --scheme` knows by name.
 
-Callers see SCHEMES, WARNINGS and find_scheme. Each but "float" is a recipe, which
+Callers see SCHEMES, AUTO, WARNINGS and find_scheme. Each but "float" is a recipe, which
 edgeexit.host.quantize carries out. Users name their own: a recipe in a file, or a recipe or a
 function in a module.
 """
@@ -27,6 +27,7 @@ from edgeexit.host.ranges import Advance
 from edgeexit.interpreter import check_loads
 from edgeexit.names import load_attribute, unknown
 
+AUTO = "auto"  # no scheme: edgeexit.host.contest picks one
 MATMULS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 
@@ -100,7 +101,7 @@ def find_scheme(name: str) -> Scheme:
     if name.endswith(".json"):
         return by_recipe(_read_recipe(Path(name)))
     if ":" not in name:
-        raise unknown(name, SCHEMES, "scheme")
+        raise unknown(name, [*SCHEMES, AUTO], "scheme")
     found = load_attribute(name, "scheme")
     if isinstance(found, (list, tuple)):
         return by_recipe(_checked(found, name))
