@@ -148,8 +148,12 @@ class _Net:
         )
 
 
-def network(heads: dict[str, Head], dtype: str) -> bytes:
-    """A network on (1, 8) values of *dtype* whose outputs are called as *heads* says."""
+def network(heads: dict[str, Head], dtype: str, *, apart: bool = False) -> bytes:
+    """
+    A network on (1, 8) values of *dtype* whose outputs are called as *heads* says.
+
+    *apart*: every head has a stem of its own.
+    """
     net = _Net(dtype)
     middle = 128 if dtype == "uint8" else 0
     start = net.tensor((1, 8), dtype, 0.05, middle)
@@ -157,6 +161,8 @@ def network(heads: dict[str, Head], dtype: str) -> bytes:
     stem = net.linear(start, 8, 16, (0.05, 0.1))
     logits, outputs = {}, []
     for name, head in heads.items():
+        if apart and logits:
+            stem = net.linear(start, 8, 16, (0.05, 0.1))
         value = logits[head.of] if head.of else net.linear(stem, 16, head.units, (0.1, 0.2))
         logits[name] = value
         for kind in head.end:

@@ -7,7 +7,6 @@ import sys
 import zipfile
 from pathlib import Path
 
-import flatbuffers
 import numpy as np
 import pytest
 from ai_edge_litert import schema_py_generated as schema
@@ -23,6 +22,7 @@ from edgeexit.preprocess import Preprocess
 from edgeexit.runtime import Runner
 from edgeexit.tflite import read_model
 from tests.endings import Head, network
+from tests.graphs import finish
 from tests.tiny import tiny_model
 
 GRAY = Preprocess(kind="image", size=(12, 10), color="gray", scale=1 / 255, layout="nhwc")
@@ -146,9 +146,13 @@ assert codes == [0, 0, 2], codes
     assert not (work / "w3.edgeexit").exists()
 
 
+def unpacked(data: bytes) -> schema.ModelT:
+    return schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+
+
 def with_signature(data: bytes, names: dict[str, str]) -> bytes:
     """*data* with a signature: name -> name of the output tensor."""
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    model = unpacked(data)
     graph = model.subgraphs[0]
     places = {tensor.name.decode(): index for index, tensor in enumerate(graph.tensors)}
     model.signatureDefs = [
@@ -161,19 +165,15 @@ def with_signature(data: bytes, names: dict[str, str]) -> bytes:
             ],
         )
     ]
-    builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return finish(model)
 
 
 def renamed(data: bytes, old: str, new: str) -> bytes:
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    model = unpacked(data)
     for tensor in model.subgraphs[0].tensors:
         if tensor.name.decode() == old:
             tensor.name = new
-    builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return finish(model)
 
 
 def exits_of(path: Path, data: bytes, **changes) -> list[str]:
@@ -279,23 +279,34 @@ def test_the_fit_ends_where_the_loss_is_flat() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-def _batch(data: bytes) -> bytes:
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+def _batch(data: bytes, count: int) -> bytes:
+    model = unpacked(data)
     for tensor in model.subgraphs[0].tensors:
         if tensor.buffer == 0:
-            tensor.shape = np.array([2, *tensor.shape[1:]], np.int32)
-    builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+            tensor.shape = np.array([count, *tensor.shape[1:]], np.int32)
+    return finish(model)
 
 
 def _custom(data: bytes, name: str) -> bytes:
-    model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+    model = unpacked(data)
     for code in model.operatorCodes:
         code.builtinCode, code.customCode = schema.BuiltinOperator.CUSTOM, name
-    builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), file_identifier=b"TFL3")
-    return bytes(builder.Output())
+    return finish(model)
+
+
+def _cycle(data: bytes) -> bytes:
+    model = unpacked(data)
+    first, *_, last = model.subgraphs[0].operators
+    first.inputs = np.array([last.outputs[0], *first.inputs[1:]], np.int32)
+    return finish(model)
+
+
+def _two_inputs(data: bytes) -> bytes:
+    model = unpacked(data)
+    graph = model.subgraphs[0]
+    graph.inputs = np.array([*graph.inputs, len(graph.tensors)], np.int32)
+    graph.tensors.append(schema.TensorT(shape=np.array([1, 4], np.int32), name="more"))
+    return finish(model)
 
 
 DATA = tiny_model().data
@@ -308,7 +319,22 @@ REFUSED = {
         UsageError,
         r"takes \[1, 12, 10, 1\], its preprocessing makes \[1, 9, 9, 1\]",
     ),
-    "a batch of two": (_batch(DATA), {}, Unsupported, "expected one sample"),
+    "a batch of two": (_batch(DATA, 2), {}, Unsupported, "expected one sample"),
+    "a batch of any size": (_batch(DATA, -1), {}, Unsupported, "no fixed size"),
+    "a cycle": (_cycle(DATA), {}, BadFile, "before it is made"),
+    "two inputs": (_two_inputs(DATA), {}, Unsupported, "2 inputs"),
+    "no common road": (
+        network({"a": Head(4), "b": Head(4)}, "int8", apart=True),
+        {"preprocess": ROW},
+        Unsupported,
+        "shares no operator",
+    ),
+    "a map beside logits": (
+        network({"a": Head(4), "b": Head(12, ("PLACES",))}, "int8"),
+        {"preprocess": ROW},
+        Unsupported,
+        "segmentation",
+    ),
     "cut short": (DATA[:-400], {}, BadFile, "damaged"),
     "not a .tflite": (b"PK" * 99, {}, BadFile, "not a .tflite"),
     "unknown exit": (DATA, {"exits": ("map7",)}, UsageError, "no output or inner tensor"),
