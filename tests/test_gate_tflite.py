@@ -217,6 +217,7 @@ def test_inner_maps_get_int8_exits_that_know_the_classes(fitted_int8, work) -> N
 
     assert bundle.exits == EXITS
     assert bundle.scheme == "int8"
+    assert bundle.provenance["float_agreement"] == {}
     assert heads["at"] == {"map0": "map0", "map1": "map1"}
     assert (heads["fitted_on"], heads["held_out"]) == (160, 40)
     assert heads["held_out_accuracy"]["map0"] > 0.85

@@ -182,8 +182,9 @@ def _table(bundle: "Bundle", steps: Steps) -> str:
         f"{'exit':<16} {'bytes':>10}  {'answers as float':>16}",
     ]
     for segment in bundle.segments:
-        share = origin["float_agreement"][segment.exit]
-        lines.append(f"{segment.exit:<16} {segment.bytes:>10,}  {share:>16.1%}")
+        share = origin["float_agreement"].get(segment.exit)  # a ready int8 file was never float
+        shown = "-" if share is None else f"{share:.1%}"
+        lines.append(f"{segment.exit:<16} {segment.bytes:>10,}  {shown:>16}")
     used = origin["ranges"]
     tried = ", ".join(f"{name} {value:.1%}" for name, value in used["held_out_agreement"].items())
     slow = ", ".join(f"{count} {name}" for name, count in origin["outside_xnnpack"].items())

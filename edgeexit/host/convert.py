@@ -363,7 +363,9 @@ def _provenance(opened: Opened, ranges: _Ranges, quantized: Quantized) -> dict[s
             "chosen": quantized.ranges,
             "held_out_agreement": {k: round(v, 6) for k, v in quantized.candidates.items()},
         },
-        "float_agreement": {name: round(v, 6) for name, v in quantized.agreement.items()},
+        "float_agreement": {}
+        if opened.scheme
+        else {name: round(v, 6) for name, v in quantized.agreement.items()},
         "outside_xnnpack": dict(quantized.outside_xnnpack),
         "transposes": {"count": turned, "at_seams": at_seams},
         "versions": {name: importlib.metadata.version(name) for name in opened.packages},
