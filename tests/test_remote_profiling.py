@@ -357,7 +357,7 @@ def test_a_board_whose_storage_is_full_says_so_and_goes_on_when_there_is_room(
     with pytest.raises(StorageError, match=r"pi: .*File too large"):
         measure(host_of(board), limits=more)
     seen = rounds(board)
-    assert len(seen) > 4
+    assert len(seen) > 1
     program.write_text(sound)
     profile = measure(host_of(board), resume=True)
     blocks = [block.to_document() for process in profile.processes for block in process.blocks]
