@@ -254,6 +254,19 @@ def test_int8_exits_answer_as_float_ones_would(work) -> None:
     assert abs(found["int8"]["map0"] - found["float"]["map0"]) <= 0.05
 
 
+@pytest.mark.host
+def test_a_float_files_new_exits_are_quantized_with_it(work, tmp_path) -> None:
+    bundle = make(work, "float", tmp_path / "b.edgeexit", exits=EXITS)
+
+    assert bundle.scheme == "int8"
+    assert {spec.dtype for spec in bundle.logits} == {"int8"}
+    assert min(bundle.provenance["float_agreement"].values()) > 0.9
+    samples, labels = shades(400)
+    with Runner(bundle, policy=None) as runner:
+        logits = np.stack([runner.logits(sample) for sample in samples[200:]])
+    assert (logits[:, 0].argmax(axis=1) == labels[200:]).mean() > 0.8
+
+
 def test_two_conversions_give_the_same_bytes(fitted_int8, work, tmp_path) -> None:
     again = make(work, "int8", tmp_path / "fitted.edgeexit", exits=EXITS)
 
