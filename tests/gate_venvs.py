@@ -37,6 +37,18 @@ def gate_python(extra: str) -> Path:
     return layer(f"gate-{extra}", recipe, build) / "bin" / "python"
 
 
+def onnx_export() -> Path:
+    """A folder with what the extra `onnx-export` adds to an environment with torch."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["optional-dependencies"]["onnx-export"], "onnx-ir"]
+
+    def build(folder: Path) -> None:
+        pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+        subprocess.run([*pip, "--no-deps", "--target", str(folder), *wanted], check=True)
+
+    return layer("onnx-export", [sys.version, *wanted], build)
+
+
 def run_in(extra: str, *arguments: str | Path, cwd: Path, check: bool = True):
     """Run Python with *arguments* in that environment, where this checkout can be imported."""
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -64,15 +64,15 @@ def look(
     }
 
 
-def lower(folder: Path, where: str, is_shape_kept: bool) -> None:
+def lower(folder: Path, where: str, is_shape_kept: bool, backend: str) -> None:
     """
     Make float.tflite of *folder*/whole.onnx with onnx2tf.
 
-    Inputs of three axes and more come out channels-last unless *is_shape_kept*.
+    Inputs of three axes and more come out channels-last unless *is_shape_kept*. *backend* is
+    onnx2tf's word for who writes the file: "flatbuffer_direct" itself, "tf_converter" TensorFlow.
     """
     _forbid_network()
-    # onnx2tf calls the onnxsim beside it, and goes on with a worse graph if there is none.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    _provide_onnxsim(folder)
     import onnx2tf
 
     work = folder / "onnx2tf"
@@ -83,7 +83,8 @@ def lower(folder: Path, where: str, is_shape_kept: bool) -> None:
             input_onnx_file_path=str(work / "net.onnx"),
             output_folder_path=str(work / "out"),
             keep_shape_absolutely_input_names=["input"] if is_shape_kept else None,
-            disable_model_save=False,
+            tflite_backend=backend,
+            output_signaturedefs=True,  # names for the outputs, whose order TensorFlow changes
             non_verbose=True,
         )
         made = (work / "out" / "net_float32.tflite").read_bytes()
@@ -211,7 +212,7 @@ def _choose(model: Any, exits: Sequence[str], where: str) -> list[str]:
     from onnx import TensorProto
 
     outputs = {value.name: value.type.tensor_type.elem_type for value in model.graph.output}
-    inner = {name for node in model.graph.node for name in node.output if name}
+    inner = dict.fromkeys(name for node in model.graph.node for name in node.output if name)
     chosen = list(exits) or _by_depth(model.graph, list(outputs))
     if len(set(chosen)) < len(chosen):
         raise UsageError(f"{where}: --exits names one tensor twice: {', '.join(chosen)}")
@@ -294,7 +295,9 @@ def _session(path: Path, where: str) -> Any:
     # The network as it stands: what is compared with must not have been optimized.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        )
     except Exception as error:  # onnxruntime has a dozen classes without a common base
         raise Unsupported(
             f"{where}: onnxruntime does not take it: {_first(error)}",
@@ -393,6 +396,15 @@ def _tensors(graph: Any) -> Iterator[Any]:
                 yield from (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
             for inner in (attribute.g, *attribute.graphs):
                 yield from _tensors(inner)
+
+
+def _provide_onnxsim(folder: Path) -> None:
+    # onnx2tf calls a program of this name, and goes on with a worse graph where there is none.
+    program = folder / "bin" / "onnxsim"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -P -m onnxsim "$@"\n')
+    program.chmod(0o700)
+    os.environ["PATH"] = os.pathsep.join([str(program.parent), os.environ.get("PATH", "")])
 
 
 def _forbid_network() -> None:
