@@ -336,11 +336,16 @@ def calls(board: Board, order: dict[str, Any], log: Path) -> dict[str, int]:
 def test_killed_at_any_step_the_old_one_runs_or_the_new_and_the_next_call_ends_it(
     tmp_path: Path, installer: Path
 ) -> None:
-    made = calls(*_second(tmp_path / "count", installer), tmp_path / "log")
+    board = Board(tmp_path, installer)
+    board.run(board.order("1.0"))
+    order = board.order("2.0")
+    shutil.copytree(board.home, tmp_path / "before", symlinks=True)
+    made = calls(board, order, tmp_path / "log")
     assert made["rename"] >= 3
     points = [(name, n) for name, count in made.items() for n in _spread(count)]
-    for number, (name, n) in enumerate(points):
-        board, order = _second(tmp_path / str(number), installer)
+    for name, n in points:
+        shutil.rmtree(board.home)
+        shutil.copytree(tmp_path / "before", board.home, symlinks=True)
         killed = board.run(
             order, "strace", "-f", "-qq", "-o", os.devnull, "-e", "trace=none",
             "-e", f"inject={name}:signal=KILL:when={n}",
@@ -354,15 +359,6 @@ def test_killed_at_any_step_the_old_one_runs_or_the_new_and_the_next_call_ends_i
         assert board.version() == "2.0", place
         left = {p.name for p in board.env.iterdir()} - board.environments()
         assert left == {"current", "previous", "lock", "wheels.json"}, place
-        shutil.rmtree(board.home)
-
-
-def _second(folder: Path, installer: Path) -> tuple[Board, dict[str, Any]]:
-    """A board that runs 1.0, and the order for 2.0."""
-    folder.mkdir()
-    board = Board(folder, installer)
-    board.run(board.order("1.0"))
-    return board, board.order("2.0")
 
 
 def _spread(count: int, most: int = 4) -> list[int]:
