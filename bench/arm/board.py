@@ -4,8 +4,8 @@ A board that is not there: real ARM programs on a made-up Raspberry Pi, by qemu-
 Callers see KINDS, Board and Login. A Board is the layers of root.py below files that such a board
 would show (tests/trees.py), and the emulated processor that goes with them. There are two ways in:
 
-- run: one ARM program among this machine's own files. Quick and needs no rights, but what it
-  starts in turn would be this machine's programs.
+- run: one ARM program among this machine's own files. Quick, but what it starts in turn would be
+  this machine's programs, but for processes of edgeexit's own.
 - login: a real sshd on the loopback whose users find themselves on the board, in name spaces of
   their own: the processes, the mounts and the network are the board's, which has only a
   loopback. An unprivileged user, throw-away keys. Needs root; everything ends with the block.
@@ -112,6 +112,7 @@ class Board:
         self, *argv: str, environment: Mapping[str, str] | None = None, timeout_s: float = 1800
     ) -> "subprocess.CompletedProcess[str]":
         """Run the ARM Python with *argv*; edgeexit is this checkout's. CannotBuild without qemu."""
+        register()
         site = [str(layer / SITE) for layer in self.layers[:-1]]
         variables = {
             **{
@@ -120,7 +121,9 @@ class Board:
                 "LC_ALL": "C.UTF-8",
             },
             **{"PYTHONPATH": os.pathsep.join([str(CHECKOUT), *site]), "PYTHONNOUSERSITE": "1"},
-            **{"PYTHONDONTWRITEBYTECODE": "1"},
+            **{"PYTHONDONTWRITEBYTECODE": "1", "EDGEEXIT_HOME": str(self.folder / "home")},
+            # For the processes that it starts of itself: the kernel finds qemu, and qemu these.
+            **{"QEMU_LD_PREFIX": str(self.folder / "seen"), "QEMU_CPU": self.kind.cpu},
             **(environment or {}),
         }
         try:
