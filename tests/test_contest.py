@@ -26,6 +26,9 @@ from edgeexit.host.checkpoint import save_checkpoint  # noqa: E402
 from edgeexit.host.contest import Held, Trial, decide  # noqa: E402
 from edgeexit.host.convert import convert  # noqa: E402
 from tests import host_nets  # noqa: E402
+from tests.sshd import boards, laptop  # noqa: E402
+
+__all__ = ["boards", "laptop"]
 
 COSTS = {"int8": 7.0, "int8-matmul": 1.2, "dynamic": 1.0, "float16": 1.9, "float": 1.9}
 
@@ -223,6 +226,26 @@ def test_a_set_lends_its_tuning_split(work, tmp_path) -> None:
 def test_who_measures_is_named_for_auto_only(option, work, capsys) -> None:
     assert cli.entry(["convert", str(work / "net.pt"), "--scheme", "int8", *option]) == 2
     assert "nothing is measured for --scheme int8" in capsys.readouterr().err
+
+
+def test_the_board_of_a_device_measures_over_ssh(boards, tmp_path, monkeypatch) -> None:
+    pytest.importorskip("asyncssh")
+    from small import small_bundle
+    from test_remote_profiling import LIMITS, host_of, install, replayed
+
+    from edgeexit.cli.schemes import measuring
+    from edgeexit.remote.hosts import Hosts
+
+    fake = replayed(tmp_path / "tree", "Raspberry Pi 4 Model B Rev 1.4")
+    Hosts.read().add(host_of(install(boards(), **fake), device="rpi4"))
+    monkeypatch.setattr(contest, "LIMITS", LIMITS)
+    bundle = small_bundle(tmp_path, exits=2)
+    measure = measuring("auto", "rpi4", None)
+    assert measure is not None
+    found = measure(bundle)
+
+    assert (found.device, found.bundle_digest) == ("rpi4", bundle.digest)
+    assert all(found.case(bundle.exits, exit) for exit in bundle.exits)
 
 
 def test_an_unknown_scheme_names_auto_too(work) -> None:
