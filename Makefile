@@ -11,8 +11,9 @@ READY = $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/edgeexit demo --from-checkpoint
 
+# Files in the order of their names: by the number of their tests those that take minutes come last.
 test: $(READY) lint
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 # What CI leaves out of boards: the whole ARM machine, large nets on ARM code, power cuts, fleets; and
 # instructions counted again. Needs root and the Debian packages of .ci/run.
