@@ -8,6 +8,7 @@ copies, where they do no harm. Names of tensors are written anew in the copy, be
 changes some ("/a:0" becomes "wa/a__0"), and the order of its outputs means nothing.
 """
 
+import hashlib
 import math
 import os
 import shutil
@@ -38,13 +39,13 @@ def look(
     Check the model in *folder*/given.onnx and write whole.onnx, whose outputs are the exits.
 
     *where* names the file in errors; *exits* names outputs or inner tensors (none: all outputs,
-    by depth);
-    *external_from* is the folder with its external data, None where that is not allowed.
-    Returns {"input", "shape", "exits": {name: shape}, "ir", "opset", "producer"}; the exits
-    are called exit_0, exit_1, ... in the new file, in the order of *exits*.
+    by depth); *external_from* is the folder with its external data, None where that is not
+    allowed. Returns {"input", "shape", "exits": {name: shape}, "ir", "opset", "producer",
+    "external": the SHA-256 of the data that lay in other files, None if there is none}; the exits
+    are called exit_0, exit_1, ... in the new file, in that order.
     """
     model = _parse((folder / GIVEN).read_bytes(), where)
-    _take_in_external(model, where, external_from)
+    taken = _take_in_external(model, where, external_from)
     _check_sound(model, where)
     name, shape = _only_input(model, where)
     _check_numbers(model, where)
@@ -60,6 +61,7 @@ def look(
         "exits": {one: list(shapes[f"exit_{k}"]) for k, one in enumerate(chosen)},
         "ir": int(model.ir_version),
         "opset": max(int(o.version) for o in model.opset_import if o.domain in OWN_DOMAINS),
+        "external": taken,
         "producer": f"{model.producer_name} {model.producer_version}".strip()[:100],
     }
 
@@ -126,7 +128,10 @@ def _parse(data: bytes, where: str) -> Any:
     if model.functions:
         from onnx.inliner import inline_local_functions
 
-        return inline_local_functions(model)
+        try:
+            return inline_local_functions(model)
+        except Exception as error:  # what C++ throws
+            raise BadFile(f"{where}: damaged ONNX file: {_first(error)}") from error
     return model
 
 
@@ -338,11 +343,15 @@ def external_path(folder: Path, location: str, where: str) -> Path:
     return path
 
 
-def _take_in_external(model: Any, where: str, folder: str | None) -> None:
-    """Put what lies in other files into *model* itself: nobody else shall open a path of it."""
+def _take_in_external(model: Any, where: str, folder: str | None) -> str | None:
+    """
+    Put what lies in other files into *model* itself: nobody else shall open a path of it.
+
+    Returns the SHA-256 of all of it, None if there is none.
+    """
     from onnx import TensorProto
 
-    total_bytes = 0
+    total_bytes, sha = 0, hashlib.sha256()
     for tensor in _tensors(model.graph):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -368,8 +377,10 @@ def _take_in_external(model: Any, where: str, folder: str | None) -> None:
         with path.open("rb") as file:
             file.seek(offset)
             tensor.raw_data = file.read(length)
+        sha.update(tensor.raw_data)
         del tensor.external_data[:]
         tensor.data_location = TensorProto.DEFAULT
+    return sha.hexdigest() if total_bytes else None
 
 
 # ---------------------------------------------------------------- walking through a graph

@@ -12,6 +12,7 @@ import io
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("onnx2tf", "onnx", "onnxruntime", "onnxsim", "ai-edge-quantizer", "ai-edge-litert")
 OTHER_PYTHON = "EDGEEXIT_ONNX_PYTHON"
+TENSORFLOW_PYTHON = "EDGEEXIT_TENSORFLOW_PYTHON"
 TIMEOUT_S = 900.0
 
 
@@ -67,11 +69,19 @@ def open_onnx(path: Path, asked: Asked) -> Opened:
         class_names=purpose.class_names,
         preprocess=preprocess,
         # Weights in other files belong to the network, too.
-        digest=digest_of(data if external is None else whole),
+        digest=digest_of(data + (facts["external"] or "").encode()),
         calibration_set=purpose.calibration_set,
         provenance={"onnx": {key: facts[key] for key in ("producer", "ir", "opset")}},
         packages=PACKAGES,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Other:
+    """onnx2tf in another interpreter, and which of its backends writes the .tflite."""
+
+    python: str | None = None  # None: this interpreter
+    backend: str = "flatbuffer_direct"
 
 
 def from_torch(model: "nn.Module", input_shape: tuple[int, ...], preprocess: Preprocess) -> Lowered:
@@ -81,17 +91,45 @@ def from_torch(model: "nn.Module", input_shape: tuple[int, ...], preprocess: Pre
     onnx2tf runs in the interpreter that $EDGEEXIT_ONNX_PYTHON names. UsageError if there is
     none, or if this environment cannot export ONNX.
     """
-    python = os.environ.get(OTHER_PYTHON)
+    python = _other_python("onnx2tf", OTHER_PYTHON, "onnx")
+    return _through_onnx(model, input_shape, preprocess, "onnx2tf", _Other(python=python))
+
+
+def from_torch_by_tensorflow(
+    model: "nn.Module", input_shape: tuple[int, ...], preprocess: Preprocess
+) -> Lowered:
+    """
+    As from_torch, but TensorFlow's own converter writes the file.
+
+    $EDGEEXIT_TENSORFLOW_PYTHON names the interpreter: onnx2tf with TensorFlow beside it.
+    """
+    python = _other_python("tensorflow", TENSORFLOW_PYTHON, "onnx-tensorflow")
+    other = _Other(python=python, backend="tf_converter")
+    return _through_onnx(model, input_shape, preprocess, "tensorflow", other)
+
+
+def _other_python(via: str, variable: str, extra: str) -> str:
+    python = os.environ.get(variable)
     if not python:
         raise UsageError(
-            f"--via onnx2tf: ${OTHER_PYTHON} is not set, expected a Python with edgeexit[onnx]",
-            hint='python3.12 -m venv onnx; onnx/bin/pip install "edgeexit[onnx]"; '
-            f"export {OTHER_PYTHON}=$PWD/onnx/bin/python",
+            f"--via {via}: ${variable} is not set, expected a Python with edgeexit[{extra}]",
+            hint=f'python3.12 -m venv {extra}; {extra}/bin/pip install "edgeexit[{extra}]"; '
+            f"export {variable}=$PWD/{extra}/bin/python",
         )
+    return python
+
+
+def _through_onnx(
+    model: "nn.Module",
+    input_shape: tuple[int, ...],
+    preprocess: Preprocess,
+    via: str,
+    other: _Other,
+) -> Lowered:
     absent = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if absent:
         raise UsageError(
-            f"--via onnx2tf: needs what is not installed here: {', '.join(absent)}",
+            f"--via {via}: needs what is not installed here: {', '.join(absent)}",
             hint='pip install "edgeexit[onnx-export]"',
         )
     from edgeexit.host.onnx_export import exported
@@ -101,9 +139,9 @@ def from_torch(model: "nn.Module", input_shape: tuple[int, ...], preprocess: Pre
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / GIVEN).write_bytes(data)
-        _child("look", folder, where, python, exits=(), external_from=None)
+        _child("look", folder, where, other.python, exits=(), external_from=None)
         whole = (folder / WHOLE).read_bytes()
-    return _lowered(whole, where, exits, input_shape, preprocess, python)
+    return _lowered(whole, where, exits, input_shape, preprocess, other)
 
 
 def _layout(shape: tuple[int, ...], preprocess: Preprocess) -> str:
@@ -132,13 +170,14 @@ def _lowered(
     exits: list[str],
     shape: tuple[int, ...],
     preprocess: Preprocess,
-    python: str | None = None,
+    other: _Other = _Other(),
 ) -> Lowered:
     is_turned = preprocess.kind == "image" and preprocess.layout == "nchw"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / WHOLE).write_bytes(whole)
-        _child("lower", folder, where, python, is_shape_kept=not is_turned)
+        told = {"is_shape_kept": not is_turned, "backend": other.backend}
+        _child("lower", folder, where, other.python, **told)
         data = (folder / FLOAT).read_bytes()
     bound = signature_outputs(data)
     found = {one: bound[f"exit_{k}"] for k, one in enumerate(exits)}
