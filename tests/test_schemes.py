@@ -13,11 +13,13 @@ pytest.importorskip("ai_edge_quantizer")
 
 from edgeexit import cut, tflite  # noqa: E402
 from edgeexit.bundle import write_bundle  # noqa: E402
+from edgeexit.evaluate import Record, record  # noqa: E402
 from edgeexit.host import lower, zoo  # noqa: E402
 from edgeexit.host.convert import check_chain  # noqa: E402
 from edgeexit.host.quantize import Quantized, by_recipe, finished  # noqa: E402
 from edgeexit.host.schemes import MATMULS, SCHEMES, _entry, find_scheme  # noqa: E402
-from edgeexit.policy import Policy  # noqa: E402
+from edgeexit.labelled import Samples  # noqa: E402
+from edgeexit.policy import Confidence, Policy  # noqa: E402
 from edgeexit.runtime import Runner  # noqa: E402
 from edgeexit.selftest import run_selftest  # noqa: E402
 from tests import host_nets  # noqa: E402
@@ -73,13 +75,25 @@ def test_bundle_runner_record_and_policy_take_what_a_scheme_makes(name, made, tm
         provenance={"outside_xnnpack": dict(made[name].outside_xnnpack)},
     )
 
+    taken = Samples(
+        samples=samples[:12],
+        labels=np.arange(12) % 5,
+        ids=np.array([f"{k}" for k in range(12)]),
+        name="some",
+    )
+    made_record = record(bundle, [taken])
+    made_record.save(tmp_path / "record.npz")
+    found = Record.load(tmp_path / "record.npz")
+
     run_selftest(bundle)
-    for exit in bundle.exits:
+    assert (found.logits.dtype, found.logits.shape) == (ENDS[name], (12, 3, 5))
+    assert found.specs == bundle.logits
+    for k, exit in enumerate(bundle.exits):
+        confidences = Confidence("max_prob", bundle.logits[k]).many(found.logits[:, k])
         with Runner(bundle, Policy.forced(bundle, exit, (exit,))) as runner:
-            answer = runner(samples[0])
-        assert answer.exit_name == exit
-        assert answer.logits.dtype == np.float32
-        assert 0 < answer.confidence <= 1
+            answers = [runner(sample) for sample in taken.samples]
+        assert [answer.label for answer in answers] == found.logits[:, k].argmax(axis=1).tolist()
+        assert [answer.confidence for answer in answers] == confidences.tolist()
 
 
 def test_sizes_are_as_the_weights_say(made) -> None:
