@@ -54,9 +54,9 @@ class Ready:
 
 
 def pictures(count: int | None) -> tuple[Samples, Samples]:
-    """Pictures to fit on, and *count* of the test half (None: all)."""
+    """1,000 pictures to fit on, or *count* if that is less, and *count* to judge by (None: all)."""
     cifar = Cifar()
-    return cifar.pictures("train", 1000), cifar.pictures("test", count)
+    return cifar.pictures("train", min(count or 1000, 1000)), cifar.pictures("test", count)
 
 
 def speech(count: int | None) -> tuple[Samples, Samples]:
@@ -140,7 +140,7 @@ def _by_run(bundle: Any, folder: Path) -> np.ndarray:
     """The classes that `edgeexit run` writes into its log."""
     command = [sys.executable, "-m", "edgeexit", "run", "--bundle", str(bundle.path)]
     command += ["--policy", "none", "--log", str(folder / "log.jsonl"), str(folder / "test.npz")]
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (folder / "log.jsonl").read_text().splitlines()
     names = [json.loads(line).get("class") for line in lines]
     return np.array([bundle.class_names.index(one) for one in names if one is not None])

@@ -251,6 +251,26 @@ def _fleet(found: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _ready(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["file", "scheme", "published, %", "by `run`, %", "exits put on, %", "samples"]]
+    rows[0] += ["bytes unlike uncut", "answers unlike the file's"]
+    for name, f in found.items():
+        early = " / ".join(f"{value:.1f}" for value in f["exits"].values())
+        rows.append(
+            [
+                f"{name} (`{f['file']}`)",
+                f["scheme"],
+                f"{f['published']:.2f}",
+                f"{f['by_run']:.2f}",
+                early,
+                str(f["samples"]),
+                str(f["bytes_that_differ_from_uncut"]),
+                str(f["answers_that_differ_from_file"]),
+            ]
+        )
+    return rows
+
+
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
 PAPERS = {
     "seeds-worth": "Is it worth it? Pruning and early exit on CIFAR-10",
@@ -284,6 +304,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "cutting": ("What cutting costs", _cutting),
     "parts": ("Paths priced from their parts against the same paths timed", _parts),
     "conversion": ("What converting costs, imports included", _conversion),
+    "ready": ("Ready `.tflite` files of MLPerf Tiny with exits put on", _ready),
     "instrument": ("What the instrument costs, and whether it agrees with itself", _instrument),
     "choosing": ("What choosing costs: learning a path, testing it, one core", _choosing),
     "promise": (
