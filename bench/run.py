@@ -251,6 +251,28 @@ def _fleet(found: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
+def _gates(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "float answers apart", "int8: torch", "int8: ONNX", "operators"]]
+    rows[0] += ["more by way of ONNX", "latency over torch's: int8", "float"]
+    for name, f in found["nets"].items():
+        figures = f.get("int8_accuracy", f["int8_agreement"])
+        what = "accuracy" if "int8_accuracy" in f else "as float"
+        cells = [" / ".join(f"{share:.1%}" for share in figures[g]) for g in ("torch", "onnx")]
+        counts = f["int8_operators"]
+        more = ", ".join(f"{n:+d} {kind}" for kind, n in f["int8_more_by_onnx"].items())
+        rows.append(
+            [
+                f"{name} ({what})",
+                f"{max(f['float_error']):.0e}",
+                *cells,
+                f"{counts['torch']} and {counts['onnx']}",
+                more or "none",
+                *(_spread(f[f"{scheme}_latency"], 3) for scheme in ("int8", "float")),
+            ]
+        )
+    return rows
+
+
 def _ready(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["file", "scheme", "published, %", "by `run`, %", "exits put on, %", "samples"]]
     rows[0] += ["bytes unlike uncut", "answers unlike the file's"]
@@ -304,6 +326,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "cutting": ("What cutting costs", _cutting),
     "parts": ("Paths priced from their parts against the same paths timed", _parts),
     "conversion": ("What converting costs, imports included", _conversion),
+    "gates": ("The same networks by way of torch and by way of ONNX", _gates),
     "ready": ("Ready `.tflite` files of MLPerf Tiny with exits put on", _ready),
     "instrument": ("What the instrument costs, and whether it agrees with itself", _instrument),
     "choosing": ("What choosing costs: learning a path, testing it, one core", _choosing),
