@@ -19,7 +19,7 @@ sys.path.insert(0, str(CHECKOUT / "bench" / "arm"))
 
 from root import layer  # noqa: E402
 
-PYTHONS = {"onnx": (3, 12), "tensorflow": (3, 11)}
+PYTHONS = {"onnx": (3, 12), "onnx-tensorflow": (3, 12), "tensorflow": (3, 11)}
 
 
 def gate_python(extra: str) -> Path:

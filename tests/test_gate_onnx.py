@@ -266,23 +266,26 @@ def test_an_unknown_exit_is_named_with_its_neighbours(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.host
-def test_both_roads_from_torch_lead_to_the_same_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("via", "extra"), [("onnx2tf", "onnx"), ("tensorflow", "onnx-tensorflow")])
+def test_all_roads_from_torch_lead_to_the_same_network(
+    tmp_path: Path, via: str, extra: str
+) -> None:
     paths = [str(CHECKOUT), str(onnx_export())]
     environment = {
         **os.environ,
-        "EDGEEXIT_ONNX_PYTHON": str(gate_python("onnx")),
+        f"EDGEEXIT_{extra.rpartition('-')[2].upper()}_PYTHON": str(gate_python(extra)),
         "PYTHONPATH": os.pathsep.join(paths),
     }
     command = [sys.executable, "-m", "edgeexit", "convert", "--scheme", "float"]
     command.append(str(CHECKOUT / "examples" / "fashion.pt"))
-    for name, more in (("usual", []), ("other", ["--via", "onnx2tf"])):
+    for name, more in (("usual", []), ("other", ["--via", via])):
         subprocess.run(
             [*command, "-o", f"{name}.edgeexit", *more], cwd=tmp_path, env=environment, check=True
         )
 
     usual, other = (load_bundle(tmp_path / f"{name}.edgeexit") for name in ("usual", "other"))
     assert usual.exits == other.exits
-    assert other.provenance["via"] == "onnx2tf"
+    assert other.provenance["via"] == via
     pixels = np.random.default_rng(2).integers(0, 256, (30, 28, 28, 1)).astype(np.uint8)
     answers = []
     for bundle in (usual, other):

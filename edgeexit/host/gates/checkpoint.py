@@ -23,6 +23,7 @@ USUAL = "litert-torch"
 ROADS = {
     USUAL: "edgeexit.host.lower:from_torch",
     "onnx2tf": "edgeexit.host.gates.onnx:from_torch",
+    "tensorflow": "edgeexit.host.gates.onnx:from_torch_by_tensorflow",
 }
 """What --via may name -> its Road, as "module:function"."""
 
