@@ -315,6 +315,12 @@ def _cycle(data: bytes) -> bytes:
     return finish(model)
 
 
+def _wild_signature(data: bytes) -> bytes:
+    model = unpacked(with_signature(data, {"a": "logits0"}))
+    model.signatureDefs[0].outputs[0].tensorIndex = 999
+    return finish(model)
+
+
 def _two_inputs(data: bytes) -> bytes:
     model = unpacked(data)
     graph = model.subgraphs[0]
@@ -336,6 +342,7 @@ REFUSED = {
     "a batch of two": (_batch(DATA, 2), {}, Unsupported, "expected one sample"),
     "a batch of any size": (_batch(DATA, -1), {}, Unsupported, "no fixed size"),
     "a cycle": (_cycle(DATA), {}, BadFile, "before it is made"),
+    "a wild signature": (_wild_signature(DATA), {}, BadFile, "names tensor 999"),
     "two inputs": (_two_inputs(DATA), {}, Unsupported, "2 inputs"),
     "no common road": (
         network({"a": Head(4), "b": Head(4)}, "int8", apart=True),
