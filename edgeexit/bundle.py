@@ -34,7 +34,7 @@ from edgeexit.files import (
     parse_npz,
     read_bytes,
 )
-from edgeexit.interpreter import open_interpreter, try_first
+from edgeexit.interpreter import check_edges, open_interpreter, try_first
 from edgeexit.names import unknown
 from edgeexit.policy import Parent, Policy
 from edgeexit.preprocess import InputStage, Preprocess
@@ -190,7 +190,11 @@ class Bundle:
                 for segment in self.segments
             ]
         where = str(self.path / self.model)
-        plans = cut(self.model_data(), self.exit_tensors, wanted, where=where)
+        try:
+            plans = cut(self.model_data(), self.exit_tensors, wanted, where=where)
+        except UsageError as error:  # the names are the bundle's own
+            raise BadFile(f"{error}, which {MANIFEST} names") from error
+        _check_links(self, plans, f"{where}: segments")
         return [
             Link(
                 exit=plan.exit,
@@ -411,18 +415,7 @@ def _check(bundle: Bundle, where: str) -> None:
     names = [*bundle.files, *(segment.file for segment in bundle.segments)]
     if len(set(names)) != len(names):
         raise BadFile(f"{where}: segments: a file is named twice")
-    values = {bundle.input.name: bundle.input}
-    for k, segment in enumerate(bundle.segments):
-        place = f"{where}: segments[{k}]"
-        for spec in segment.inputs:
-            if values.get(spec.name) != spec:
-                raise BadFile(f"{place}: input {spec.name!r} is no earlier segment's output")
-        if not segment.inputs or not segment.outputs or segment.outputs[0] != bundle.logits[k]:
-            raise BadFile(f"{place}: outputs[0]: expected the logits of exit {exits[k]!r}")
-        for spec in segment.outputs:
-            if spec.name in values:
-                raise BadFile(f"{place}: output {spec.name!r} is made twice")
-            values[spec.name] = spec
+    values = _check_links(bundle, bundle.segments, f"{where}: segments")
     for spec in bundle.logits:
         if math.prod(spec.shape) != classes or spec.dtype != bundle.logits[0].dtype:
             raise BadFile(
@@ -432,6 +425,26 @@ def _check(bundle: Bundle, where: str) -> None:
     for spec in values.values():
         if spec.size_bytes > _MAX_TENSOR_BYTES:
             raise BadFile(f"{where}: tensor {spec.name!r}: {spec.size_bytes} bytes are too many")
+
+
+def _check_links(
+    bundle: Bundle, links: Sequence["SegmentFile | SegmentPlan"], where: str
+) -> dict[str, TensorSpec]:
+    """All tensors at the edges of *links*, by name; BadFile if one gets what it cannot take."""
+    values = {bundle.input.name: bundle.input}
+    logits = dict(zip(bundle.exits, bundle.logits, strict=True))
+    for k, link in enumerate(links):
+        place = f"{where}[{k}]"
+        for spec in link.inputs:
+            if values.get(spec.name) != spec:
+                raise BadFile(f"{place}: input {spec.name!r} is no earlier segment's output")
+        if not link.inputs or not link.outputs or link.outputs[0] != logits[link.exit]:
+            raise BadFile(f"{place}: outputs[0]: expected the logits of exit {link.exit!r}")
+        for spec in link.outputs:
+            if spec.name in values:
+                raise BadFile(f"{place}: output {spec.name!r} is made twice")
+            values[spec.name] = spec
+    return values
 
 
 # ---------------------------------------------------------------- writing
@@ -488,7 +501,7 @@ def write_bundle(
         SELFTEST: npz_bytes(
             {name: getattr(selftest, name) for name in ("samples", "inputs", "logits")}
             if isinstance(selftest, SelfTest)
-            else _answers(model_data, inputs[0], logits, preprocess, selftest)
+            else _answers(model_data, (inputs[0], outputs), logits, preprocess, selftest)
         ),
     }
     if ranges_digests is not None:
@@ -560,13 +573,15 @@ def _keep_policies(old: Path, new: Path) -> None:
 
 def _answers(
     model_data: bytes,
-    spec: TensorSpec,
+    edges: tuple[TensorSpec, Sequence[TensorSpec]],
     logits: Sequence[TensorSpec],
     preprocess: Preprocess,
     samples: NDArray[Any],
 ) -> dict[str, NDArray[Any]]:
+    spec, outputs = edges
     stage = InputStage(preprocess, spec.shape, spec.dtype, spec.scale, spec.zero_point)
     model = open_interpreter(model_data, where=MODEL)
+    check_edges(model, [spec], outputs, MODEL)
     if len(samples) == 0:
         raise UsageError("selftest: no samples, expected at least one")
     inputs, answers = [], []

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from edgeexit.errors import BadFile, DeviceError, Unsupported, UsageError
 from edgeexit.runtimes import RUNTIMES, TFLITE, for_programs, pointer_bits
-from edgeexit.tflite import read_model
+from edgeexit.tflite import TensorSpec, read_model
 from edgeexit.vetting import TIMEOUT_S, Held, Suspect, perturb, vet
 
 
@@ -180,6 +180,17 @@ def _refuse_wrong(opened: Any, name: str, where: str) -> None:
                 "with several scales",
                 hint="convert with --scheme int8 or float16, or use a 64-bit system with LiteRT",
             )
+
+
+def check_edges(
+    opened: Interpreter, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], where: str
+) -> None:
+    """BadFile unless *opened* reads and makes what was said of it: a file may contradict itself."""
+    for arrays, specs in ((opened.inputs, inputs), (opened.outputs, outputs)):
+        expected = {spec.name: (spec.shape, spec.dtype) for spec in specs}
+        have = {name: (array.shape, str(array.dtype)) for name, array in arrays.items()}
+        if have != expected:
+            raise BadFile(f"{where}: the runtime finds tensors {have}, expected {expected}")
 
 
 def _one_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from edgeexit.bundle import Bundle, SelfTest, write_bundle
 from edgeexit.cut import SegmentPlan, cut, uncut
 from edgeexit.errors import ParityError, Unsupported, UsageError
 from edgeexit.files import json_bytes
-from edgeexit.interpreter import open_interpreter, try_first
+from edgeexit.interpreter import check_edges, open_interpreter, try_first
 from edgeexit.names import unknown
 from edgeexit.policy import Parent, Policy
 from edgeexit.vetting import Held
@@ -102,6 +102,8 @@ def _check_parity(
     try_first([Held(data, f"{bundle.path}, cut down") for data in pieces])
     parent, child = open_interpreter(whole), open_interpreter(model_data)
     chain = [(plan, open_interpreter(plan.data)) for plan in plans]
+    for plan, segment in chain:
+        check_edges(segment, plan.inputs, plan.outputs, f"{bundle.path}, cut down")
     for number, tensor in enumerate(inputs):
         values: dict[str, NDArray[Any]] = {feed: tensor}
         for model in (parent, child):

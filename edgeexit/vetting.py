@@ -2,10 +2,11 @@
 Try .tflite files out in a child process before this one opens them, and remember which passed.
 
 Some files abort or hang the runtime, or write where they must not, and with it goes the process
-that holds it; digests say nothing about that. Callers see vet. Hidden here: the child has limits
-and can write no file; a file that passed is tried again only where the runtime or the machine is
-another one; the memory lies in edgeexit's folder and may be lost at any time. What is found is
-what shows within a few calls: this keeps accidents out, it does not make foreign files harmless.
+that holds it; digests say nothing about that. Callers see vet and expendable. Hidden here: the
+child has limits and can write no file; a file that passed is tried again only where the runtime or
+the machine is another one; the memory lies in edgeexit's folder and may be lost at any time. What
+is found is what shows within a few calls: this keeps accidents out, it does not make foreign files
+harmless.
 """
 
 import ctypes
@@ -76,6 +77,13 @@ class Held:
 
 
 _passed: set[str] = set()
+_is_expendable = False
+
+
+def expendable() -> None:
+    """Say that this process is itself one in which something is tried out: it needs no other."""
+    global _is_expendable
+    _is_expendable = True
 
 
 def vet(suspects: Sequence[Suspect], runtime: str, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -86,6 +94,8 @@ def vet(suspects: Sequence[Suspect], runtime: str, *, timeout_s: float = TIMEOUT
     longer than *timeout_s*, takes more than 6 GiB or answers by what else lies in memory;
     DeviceError if there can be no child.
     """
+    if _is_expendable:
+        return
     keys = {_key(suspect.digest, runtime): suspect for suspect in suspects}
     if keys.keys() <= _passed:
         return
@@ -173,7 +183,8 @@ def _run(letter: bytes, timeout_s: float, count: int) -> tuple[int | None, bytes
             timeout=(timeout_s + 5) * count + 30,
             check=False,
             cwd="/",
-            env=environment(),
+            # It may write no file, not even half of a module's.
+            env={**environment(), "PYTHONDONTWRITEBYTECODE": "1"},
         )
     except subprocess.TimeoutExpired as error:
         return None, error.stdout or b"", b""

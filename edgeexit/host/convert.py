@@ -27,7 +27,7 @@ from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import read_labels, read_preprocess
 from edgeexit.host.quantize import Quantized
 from edgeexit.host.schemes import AUTO, SCHEMES, find_scheme
-from edgeexit.interpreter import open_interpreter, try_first
+from edgeexit.interpreter import check_edges, open_interpreter, try_first
 from edgeexit.preprocess import quantize as to_stored
 from edgeexit.samples import SPLITS, Samples, find_set, is_set, load_samples
 from edgeexit.vetting import Held
@@ -324,11 +324,14 @@ def check_chain(data: bytes, exits: Mapping[str, str], reals: RealSamples) -> No
     """
     Run the segments of *data* one after the other and the uncut network on *reals*.
 
-    ParityError unless every logit of every exit is the same bit for bit.
+    ParityError unless every logit of every exit is the same bit for bit; BadFile if the shapes
+    that the file gives are not those that come out.
     """
     plans = cut.cut(data, exits)
     try_first([Held(piece, "cut network") for piece in (data, *(plan.data for plan in plans))])
     chain = [(plan, open_interpreter(plan.data)) for plan in plans]
+    for plan, segment in chain:
+        check_edges(segment, plan.inputs, plan.outputs, f"cut for exit {plan.exit!r}")
     whole = open_interpreter(data)
     (feed,) = cut.model_io(data)[0]
     for number, real in enumerate(reals):
