@@ -228,8 +228,10 @@ def _child() -> None:
         import numpy as np
 
         say(numpy=np.__version__)
+        from edgeexit import vetting
         from edgeexit.interpreter import delegate, runtime_name
 
+        vetting.expendable()
         say(runtime=runtime_name())
         from edgeexit.bundle import load_bundle
         from edgeexit.selftest import run_selftest

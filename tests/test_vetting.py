@@ -66,6 +66,20 @@ def test_the_deadly_file_is_one() -> None:
     assert done.returncode < 0
 
 
+def test_a_process_that_is_there_to_try_things_out_starts_no_other(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_is(monkeypatch, "raise SystemExit('nobody should start me')")
+    with pytest.raises(DeviceError, match="nobody should start me"):
+        try_first([Held(SOUND, "x.tflite")])
+    monkeypatch.setattr(vetting, "_is_expendable", False)
+    vetting.expendable()
+
+    try_first([Held(SOUND, "x.tflite")])
+
+    assert not home.exists()
+
+
 @pytest.mark.parametrize("open_it", [check_loads, open_interpreter])
 def test_a_deadly_file_is_refused_and_we_live(open_it: Callable[..., Any], home: Path) -> None:
     for _ in range(2):
