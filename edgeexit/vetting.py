@@ -183,7 +183,8 @@ def _run(letter: bytes, timeout_s: float, count: int) -> tuple[int | None, bytes
             timeout=(timeout_s + 5) * count + 30,
             check=False,
             cwd="/",
-            env=environment(),
+            # It may write no file, not even half of a module's.
+            env={**environment(), "PYTHONDONTWRITEBYTECODE": "1"},
         )
     except subprocess.TimeoutExpired as error:
         return None, error.stdout or b"", b""
