@@ -81,8 +81,9 @@ def lower(folder: Path, **told: Any) -> dict[str, Any]:
     except Exception as error:  # MLIR, TensorFlow and Keras errors without a common base
         operator = re.search(r"(?:'|\b)(tf\.[\w.]+)'? op", str(error))
         what = f"operator {operator[1]}" if operator else "the network"
+        why = "" if operator else f": {_first(error)}"
         raise Unsupported(
-            f"{told['where']}: {what} cannot be lowered to TFLite: {_first(error)}",
+            f"{told['where']}: {what} cannot be lowered to TFLite{why}",
             hint="replace it in the network by operators that TFLite has",
         ) from error
     (folder / LITE).write_bytes(made)
@@ -163,7 +164,7 @@ def _open_keras(
         raise _not_loaded(error, where, is_trusted) from error
     if not isinstance(model, keras.Model):
         raise BadFile(f"{where}: holds a {type(model).__name__}, expected a model")
-    if exits and isinstance(model, keras.Functional):
+    if exits and getattr(model, "inputs", None):  # subclassed models have no graph
         model = _answering_at(model, exits, where)
     shape = _keras_shape(model, where)
     names = _names(model(np.zeros(shape, np.float32), training=False), model, where)
@@ -186,10 +187,9 @@ def _not_loaded(error: Exception, where: str, is_trusted: bool) -> Exception:
             hint="if you trust it: --trust-pickle; else write the layer as a class and name its "
             "module with --arch module:Class",
         )
-    if "Could not locate" in text or "not registered" in text or "Unknown layer" in text:
-        found = re.search(r"(?:class|function|layer:?) '?(\w+)", text)
+    if found := re.search(r"Could not locate \w+ '([^']+)'", text):
         return UsageError(
-            f"{where}: holds a layer of your own: {found[1] if found else _first(error)}",
+            f"{where}: holds {found[1]}, which is none of Keras' own",
             hint="name its class, in the folder where its module lies: --arch module:Class",
         )
     return BadFile(f"{where}: Keras does not read it: {_first(error)}", hint="save it again")

@@ -19,8 +19,9 @@ from edgeexit.files import digest_of, json_bytes, read_bytes, read_npz
 from edgeexit.host import apart
 from edgeexit.host.answers import RealSamples
 from edgeexit.host.gates import Asked, Opened
-from edgeexit.host.lowered import named, signature_outputs
+from edgeexit.host.lowered import by_depth, named, signature_outputs
 from edgeexit.host.purpose import Purpose
+from edgeexit.tflite import read_model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -54,6 +55,8 @@ def open_keras(path: Path, asked: Asked) -> Opened:
         data = read_bytes(folder / "net.tflite", limit_bytes=MAX_BYTES)
     bound = signature_outputs(data)
     exits = {exit: bound[key] for exit, key in found["exits"].items()}
+    if not asked.exits:  # a signature's outputs have no order, and a dict's any
+        exits = by_depth(read_model(data, where), exits)
     shape = tuple(found["shape"])
     purpose = purpose.fitting(where, shape, "nhwc")
 
