@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="how samples become inputs, where the file does not say",
 )
-@click.option("--via", metavar="ROAD", help="take another road than the usual one")
+@click.option("--via", metavar="ROAD", help="of a .pt: the road by onnx2tf or tensorflow")
 @click.option("--trust-pickle", is_flag=True, help="allow files that run code when opened")
 @click.option("--allow-external-data", is_flag=True, help="read weights in files beside MODEL")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON document")
@@ -86,7 +86,7 @@ def command(
 
     Each step is checked on real samples: the lowered network against the framework that it
     comes from, the chain of segments against the uncut network. A model file with --arch runs
-    that module's code.
+    that module's code; a .pt2, TorchScript or Keras file with --trust-pickle its own.
 
     \b
     edgeexit convert model.pt                            # -> ./model.edgeexit
@@ -97,6 +97,8 @@ def command(
     edgeexit convert model.pt --scheme recipe.json       # of ai-edge-quantizer
     edgeexit convert model.pt --prune smaller.toml       # prune on the way
     edgeexit convert net.tflite --exits map1,map2,final --calibration SET
+    edgeexit convert net.keras --calibration SET         # or a SavedModel's folder
+    edgeexit convert net.pt2 --trust-pickle --calibration SET
 
     Schemes: int8, all of it (for convolutional networks); int8-matmul, layers with weights alone
     (for transformers); dynamic, int8 weights, the rest made int8 while it runs; float16, weights
