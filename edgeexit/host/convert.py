@@ -226,7 +226,7 @@ class _Ranges:
 def _scheme(opened: Opened, asked: str | None, path: Path) -> str:
     if opened.scheme is None:
         scheme = asked or "int8"
-        if scheme in SCHEMES and scheme != "float" and not find_spec("ai_edge_quantizer"):
+        if scheme != "float" and not find_spec("ai_edge_quantizer"):
             raise UsageError(
                 f"{path}: --scheme {scheme} needs what is not installed here: ai_edge_quantizer",
                 hint='pip install "edgeexit[quantize]", or say --scheme float',
