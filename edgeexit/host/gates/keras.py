@@ -6,6 +6,7 @@ the file, and what comes back are a .tflite and arrays. Outputs are bound by nam
 converter changes their order.
 """
 
+import importlib.metadata
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BYTES = 4 << 30
-PACKAGES = ("tensorflow-cpu", "keras", "ai-edge-quantizer", "ai-edge-litert")
+PACKAGES = ("keras", "ai-edge-quantizer", "ai-edge-litert")
 _CHILD = "edgeexit.host.keras_child"
 
 
@@ -80,8 +81,17 @@ def open_keras(path: Path, asked: Asked) -> Opened:
         preprocess=purpose.preprocess,
         digest=digest,
         calibration_set=purpose.calibration_set,
-        packages=PACKAGES,
+        packages=(_tensorflow(), *PACKAGES),
     )
+
+
+def _tensorflow() -> str:
+    """The distribution that TensorFlow came in: the one without GPU code, or the whole."""
+    try:
+        importlib.metadata.version("tensorflow-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return "tensorflow"
+    return "tensorflow-cpu"
 
 
 def _copy(path: Path, folder: Path) -> tuple[str, str]:
