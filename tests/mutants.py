@@ -4,9 +4,9 @@ Damaged .tflite files: a sound one with a few bytes or numbers exchanged.
 Where the numbers of a file lie is found by reading it once with the schema's own classes and
 writing down what they look at: offsets, lengths, shapes, indices, types, options, scales.
 
-Run as a program this is a warmed-up process that meets each mutant in a fork of its own, as a
-fresh `edgeexit` would, and prints a line of JSON for each. The child of that fork, in which
-the file is tried out, is a fork, too: a fresh interpreter takes a quarter of a second.
+Run as a program this is a warmed-up process whose forks meet the mutants, as `edgeexit` would,
+and that prints a line of JSON for each. The child in which a file is tried out is a fork, too:
+a fresh interpreter takes a quarter of a second.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ import gc
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import struct
@@ -118,7 +119,7 @@ def _drawn(seed: Seed, is_flip: bool, rng: np.random.Generator) -> bytes:
             data[rng.integers(len(data))] ^= 1 << int(rng.integers(8))
         else:
             _exchange(data, seed, rng)
-    return bytes(data)
+    return bytes(data) if data != seed.data else _drawn(seed, is_flip, rng)
 
 
 def _is_readable(data: bytes) -> bool:
@@ -157,6 +158,8 @@ def _exchange(data: bytearray, seed: Seed, rng: np.random.Generator) -> None:
 
 PARENT_S = 30.0
 CHILD_S = 3.0
+# Of so many one process meets one after the other: forks are dear, and damage may add up.
+BATCH = 20
 
 # How the trial in the child can end.
 READING, REFUSED, CRASHED, HUNG, PASSED = "reading", "refused", "crashed", "hung", "passed"
@@ -169,14 +172,16 @@ class Met:
     What came of one mutant.
 
     *codes* are the exit codes of the commands, *errors* what they said; *ends* how trials in
-    children ended; *status* is how the process that ran the commands ended (negative: signal,
-    None: it had to be killed).
+    children ended; *changed* the files that should be as before; *status* is 0 if the process
+    lives, else how it ended (negative: signal, None: it hung).
     """
 
-    status: int | None = None
+    name: str
+    status: int | None
     codes: list[int] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -213,51 +218,63 @@ def forked_trial(ends: list[str]) -> Callable[..., tuple[int | None, bytes, byte
     return run
 
 
-def meet(commands: Sequence[Sequence[str]]) -> Met:
-    """Run the *commands* of edgeexit, one after the other, in a fork of this process."""
+def meet(jobs: Sequence[tuple["Target", bytes]], folder: Path) -> Iterator[Met]:
+    """
+    Meet the mutants of *jobs* in one fork of this process, one after the other.
+
+    It ends early where that process dies or hangs. Nothing below *folder* may change but what
+    the target's own command writes.
+    """
     mine, its = os.pipe()
-    began = time.monotonic()
     child = os.fork()
     if child == 0:
         code = 99
         try:
             os.close(mine)
-            code = _commands(commands, its)
+            _meet_here(jobs, folder, its)
+            code = 0
         finally:
             os._exit(code)
     os.close(its)
-    met = Met()
-    while time.monotonic() - began < PARENT_S:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            met.status = os.waitstatus_to_exitcode(status)
-            break
-        time.sleep(0.001)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
     with os.fdopen(mine, "rb") as pipe:
-        said = pipe.read()
-    if said:
-        met.codes, met.errors, met.ends = json.loads(said)
-    met.seconds = time.monotonic() - began
-    return met
+        for met_by, _ in jobs:
+            name = met_by.seed.name
+            ready, _, _ = select.select([pipe], [], [], PARENT_S)
+            line = pipe.readline() if ready else b""
+            if not line.endswith(b"\n"):
+                break
+            yield Met(**json.loads(line))
+        else:
+            os.waitpid(child, 0)
+            return
+    os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    yield Met(name=name, status=status if ready else None)
 
 
-def _commands(commands: Sequence[Sequence[str]], answer: int) -> int:
+def _meet_here(jobs: Sequence[tuple["Target", bytes]], folder: Path, answer: int) -> None:
     ends: list[str] = []
     vetting._run = forked_trial(ends)
     vetting._CHILD_MEMORY_BYTES = 3 << 30
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 2)  # what the runtime itself says
-    codes, errors = [], []
-    for words in commands:
-        told = io.StringIO()
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
-            codes.append(cli.entry(words))
-        errors.append(told.getvalue())
-    os.write(answer, json.dumps([codes, errors, ends]).encode()[: 60 << 10])
-    return 0
+    for target, data in jobs:
+        target.place(data)
+        before, began = snapshot(folder), time.monotonic()
+        met = Met(name=target.seed.name, status=0)
+        ends.clear()
+        for words in target.commands:
+            told = io.StringIO()
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(told):
+                met.codes.append(cli.entry(words))
+            met.errors.append(told.getvalue()[-2000:])
+        met.ends, met.seconds = list(ends), time.monotonic() - began
+        changed = {path for path, _ in before.items() ^ snapshot(folder).items()}
+        changed -= {str(folder / "home" / "vetted")}
+        if met.codes == [0]:
+            changed = {path for path in changed if OUT not in Path(path).parts}
+        met.changed = sorted(changed)
+        os.write(answer, f"{json.dumps(asdict(met))}\n".encode())
 
 
 def replace_file(bundle: Path, name: str, data: bytes) -> None:
@@ -326,8 +343,8 @@ def _target(bundle: Bundle, name: str, file: str, commands: tuple[tuple[str, ...
 OUT = "out.edgeexit"
 
 
-def targets(folder: Path) -> list[Target]:
-    """Bundles made in *folder* of int8 and float networks with many kinds of operators."""
+def targets(folder: Path, key: int) -> list[Target]:
+    """Bundles made in *folder* of int8 and float networks; *key* chooses kinds of operators."""
     found: list[Target] = []
     for quantized in (True, False):
         home = folder / ("int8" if quantized else "float")
@@ -335,10 +352,10 @@ def targets(folder: Path) -> list[Target]:
         bundle = small_bundle(home, 2, quantized=quantized)
         Image.fromarray(pictures(1).samples[0, ..., 0]).save(home / "sample.png")
         found += bundle_targets(bundle, home.name, recut=True)
-    for number, precision in enumerate(("int8", "float") * 4):
-        found += bundle_targets(graph_bundle(folder, precision, number), f"graph{number}")
+    for number, precision in enumerate(("int8", "float") * 2):
+        found += bundle_targets(graph_bundle(folder, precision, 4 * key + number), f"graph{number}")
     shutil.copytree(data_folder("examples") / "fashion.edgeexit", folder / "fashion.edgeexit")
-    found += bundle_targets(load_bundle(folder / "fashion.edgeexit"), "fashion")
+    found += list(bundle_targets(load_bundle(folder / "fashion.edgeexit"), "fashion"))[-1:]
     found += [convert_target(folder, quantized=quantized) for quantized in (True, False)]
     return found
 
@@ -403,29 +420,24 @@ def main(folder: Path, count: int, key: int) -> None:
     """Meet *count* mutants, spread over all targets; a line of JSON for each."""
     os.environ["EDGEEXIT_HOME"] = str(folder / "home")
     os.chdir(folder)
-    chosen = targets(folder)
+    chosen = targets(folder, key)
     for target in chosen:
         target.place(target.seed.data)
         for words in target.commands:  # what is imported now need not be in every fork
             with contextlib.redirect_stdout(io.StringIO()):
                 assert cli.entry(words) == 0, words
-        met = meet(target.commands)
-        assert met.codes == [0] * len(target.commands), (target.seed.name, met)
+        for met in meet([(target, target.seed.data)], folder):
+            assert met.codes == [0] * len(target.commands), met
     gc.freeze()  # or each fork would copy most of the memory, only to count references
     for target in chosen:
         share = round(count * target.weight / sum(other.weight for other in chosen))
-        for which, data in enumerate(mutants(target.seed, share, key)):
-            target.place(data)
-            before = snapshot(folder)
-            met = meet(target.commands)
-            changed = {path for path, _ in before.items() ^ snapshot(folder).items()}
-            changed -= {str(folder / "home" / "vetted")}
-            if met.codes == [0]:
-                changed = {path for path in changed if OUT not in Path(path).parts}
-            line = {"name": target.seed.name, "number": which, **asdict(met)}
-            sys.stdout.write(json.dumps({**line, "changed": sorted(changed)}) + "\n")
-        target.place(target.seed.data)
+        jobs = [(target, data) for data in mutants(target.seed, share, key)]
+        while jobs:
+            for met in meet(jobs[:BATCH], folder):
+                sys.stdout.write(json.dumps(asdict(met)) + "\n")
+            jobs = jobs[BATCH:]
 
 
 if __name__ == "__main__":
+    sys.dont_write_bytecode = True
     main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

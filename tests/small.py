@@ -26,10 +26,26 @@ EXITS = ("exit0", "exit1", "exit2")
 DIGEST = "b" * 64
 
 
-def small_bundle(folder: Path, exits: int = 3, **more: object) -> Bundle:
+def small_bundle(folder: Path, exits: int = 3, *, quantized: bool = True, **more: object) -> Bundle:
     """A three-exit bundle for 12 x 10 grey pictures and four classes."""
-    model = tiny_model(exits=exits)
-    preprocess = Preprocess(
+    model = tiny_model(exits=exits, quantized=quantized)
+    return write_bundle(
+        folder / "small.edgeexit",
+        name="small",
+        model_data=model.data,
+        exits=model.exits,
+        class_names=("a", "b", "c", "d"),
+        preprocess=small_preprocess(),
+        selftest=pictures(4).samples,
+        scheme="int8" if quantized else "float",
+        provenance={},
+        **more,  # type: ignore[arg-type]
+    )
+
+
+def small_preprocess() -> Preprocess:
+    """What becomes of the pictures that the small bundle answers."""
+    return Preprocess(
         kind="image",
         size=(12, 10),
         color="gray",
@@ -37,18 +53,6 @@ def small_bundle(folder: Path, exits: int = 3, **more: object) -> Bundle:
         mean=(0.0,),
         std=(1.0,),
         layout="nhwc",
-    )
-    return write_bundle(
-        folder / "small.edgeexit",
-        name="small",
-        model_data=model.data,
-        exits=model.exits,
-        class_names=("a", "b", "c", "d"),
-        preprocess=preprocess,
-        selftest=pictures(4).samples,
-        scheme="int8",
-        provenance={},
-        **more,  # type: ignore[arg-type]
     )
 
 
