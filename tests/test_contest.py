@@ -238,6 +238,7 @@ def test_the_board_of_a_device_measures_over_ssh(boards, tmp_path, monkeypatch) 
     from edgeexit.cli.schemes import measuring
     from edgeexit.remote.hosts import Hosts
 
+    monkeypatch.chdir(tmp_path)  # hosts.toml lies in the current folder
     fake = replayed(tmp_path / "tree", "Raspberry Pi 4 Model B Rev 1.4")
     Hosts.read().add(host_of(install(boards(), **fake), device="rpi4"))
     monkeypatch.setattr(contest, "LIMITS", LIMITS)
