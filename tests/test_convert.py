@@ -280,8 +280,10 @@ def _forged_from(source: Path, target: Path, state: dict) -> None:
     torch.save({**document, "arch": "odd_net:Odd", "kwargs": {}, "state_dict": state}, target)
 
 
-def test_a_full_disk_leaves_nothing_half_written(work, tmp_path) -> None:
+def test_a_full_disk_leaves_nothing_half_written(work, tmp_path, monkeypatch) -> None:
     # A limit on the length of a file stands in for the disk: writing fails in the same place.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it would be cut short, for all
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(step: str, done: float) -> None:
