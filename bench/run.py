@@ -7,6 +7,7 @@ Run every measurement and write docs/results.md from the JSON of all that have b
 import argparse
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -293,6 +294,31 @@ def _ready(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _schemes(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "scheme", "times the fastest", "ms, last exit (95 % interval)"]]
+    rows[0] += ["as float, worst exit", "bytes", "outside XNNPACK", "profile"]
+    for name, f in found.items():
+        for k, one in enumerate(f["candidates"]):
+            taken = " (taken)" if one["scheme"] == f["scheme"] else ""
+            cells = [name if k == 0 else "", one["scheme"] + taken]
+            if "refused" in one:
+                rows.append([*cells, one["refused"], *[""] * 5])
+                continue
+            ms = list(one["ms"].values())[-1]
+            rows.append(
+                [
+                    *cells,
+                    f"{one['times_fastest']:.2f}",
+                    f"{ms['value']:.3g} ({ms['low']:.3g} .. {ms['high']:.3g})",
+                    f"{min(one['agreement'].values()):.1%}",
+                    f"{one['model_bytes']:,}",
+                    str(sum(one["outside_xnnpack"].values())),
+                    one["verdict"],
+                ]
+            )
+    return rows
+
+
 # Papers' tables (bench/seeds): a section of their own each, and a figure; run by their own command.
 PAPERS = {
     "seeds-worth": "Is it worth it? Pruning and early exit on CIFAR-10",
@@ -328,6 +354,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "conversion": ("What converting costs, imports included", _conversion),
     "gates": ("The same networks by way of torch and by way of ONNX", _gates),
     "ready": ("Ready `.tflite` files of MLPerf Tiny with exits put on", _ready),
+    "schemes": ("Which scheme `--scheme auto` takes for which network", _schemes),
     "instrument": ("What the instrument costs, and whether it agrees with itself", _instrument),
     "choosing": ("What choosing costs: learning a path, testing it, one core", _choosing),
     "promise": (
@@ -342,6 +369,9 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "fleet": ("Deploying to many boards, all of them on this machine", _fleet),
     "zoo": ("Chain of segments against the uncut int8 model (random weights)", _zoo),
 }
+
+NEEDS = {"gates": "EDGEEXIT_ONNX_PYTHON"}
+"""Bench -> the variable without which it is left out, unless it is named."""
 
 
 def page() -> str:
@@ -388,7 +418,9 @@ def main() -> None:
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(BENCHES)}")
     if not asked.table_only:
-        for name in asked.names or BENCHES:
+        for name in asked.names or [
+            name for name in BENCHES if NEEDS.get(name, "PATH") in os.environ
+        ]:
             print(f"{name} ...", file=sys.stderr)
             subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=True)
     (CHECKOUT / "docs" / "results.md").write_text(page())
