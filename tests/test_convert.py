@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,8 @@ pytest.importorskip("litert_torch")
 from edgeexit.host import answers, zoo  # noqa: E402
 from edgeexit.host.checkpoint import save_checkpoint  # noqa: E402
 from edgeexit.host.convert import convert  # noqa: E402
+from edgeexit.host.gates import Asked, open_model  # noqa: E402
+from edgeexit.host.purpose import read_labels  # noqa: E402
 from edgeexit.host.torch_answers import torch_logits  # noqa: E402
 from edgeexit.runtime import Runner  # noqa: E402
 from tests import host_nets  # noqa: E402
@@ -246,6 +249,19 @@ def test_a_set_says_what_a_plain_state_dict_is_for(tmp_path, monkeypatch) -> Non
 
     assert bundle.class_names == ("0", "1", "2")
     assert bundle.calibration_set is not None
+
+
+def test_a_checkpoint_that_speaks_for_itself_is_not_contradicted(work, tmp_path) -> None:
+    (tmp_path / "own.txt").write_text("\n".join(CLASSES))
+    (tmp_path / "other.txt").write_text("\n".join(reversed(CLASSES)))
+    path = work / "net.pt"
+
+    own = open_model(path, Asked(labels=read_labels(tmp_path / "own.txt")))
+    assert own.class_names == tuple(CLASSES)
+    with pytest.raises(UsageError, match="says otherwise than --labels"):
+        open_model(path, Asked(labels=read_labels(tmp_path / "other.txt")))
+    with pytest.raises(UsageError, match="says otherwise than --preprocess"):
+        open_model(path, Asked(preprocess=replace(own.preprocess, scale=0.5)))
 
 
 def test_a_foreign_folder_is_never_replaced(work, tmp_path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgeexit.cli.steps import Steps
+from edgeexit.errors import UsageError
 
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
@@ -124,7 +125,7 @@ def command(
         scheme,
         arch,
         steps,
-        exits=[name.strip() for name in exits.split(",")] if exits else (),
+        exits=() if exits is None else _listed(exits),
         labels=labels,
         preprocess=preprocess,
         via=via,
@@ -133,6 +134,15 @@ def command(
         measure=measure,
     )
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
+
+
+def _listed(exits: str) -> list[str]:
+    names = [name.strip() for name in exits.split(",")]
+    if not all(names):
+        raise UsageError(
+            f"--exits {exits!r}: a name is empty", hint="for all outputs leave --exits out"
+        )
+    return names
 
 
 def _pruned(model: Path, recipe: Path, arch: str | None, calibration: str | None) -> Path:

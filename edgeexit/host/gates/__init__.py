@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeexit.errors import Unsupported, UsageError
+from edgeexit.files import open_file
 from edgeexit.host.answers import RealSamples
 from edgeexit.host.lowered import Lowered
 from edgeexit.preprocess import Preprocess
@@ -76,10 +77,15 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """One kind of file: who opens it ("module:function"), and what must be installed for it."""
+    """
+    One kind of file: who opens it ("module:function"), and what must be installed for it.
+
+    *takes* are the keys of OPTIONS that mean something to it; others are refused, not ignored.
+    """
 
     opener: str
     what: str
+    takes: tuple[str, ...] = ("exits",)
     modules: tuple[str, ...] = ()
     extra: str | None = None
     python: tuple[int, int] = (3, 11)
@@ -89,6 +95,7 @@ _TORCH = ("torch", "litert_torch", "ai_edge_quantizer")
 _CHECKPOINT = Gate(
     opener="edgeexit.host.gates.checkpoint:open_checkpoint",
     what="a PyTorch checkpoint",
+    takes=("arch", "via"),
     modules=_TORCH,
     extra="torch",
 )
@@ -111,6 +118,7 @@ _ONNX = Gate(
 _KERAS = Gate(
     opener="edgeexit.host.gates.keras:open_keras",
     what="a Keras file or a SavedModel",
+    takes=("exits", "arch"),
     modules=("tensorflow", "keras", "ai_edge_quantizer"),
     extra="tensorflow",
 )
@@ -129,6 +137,13 @@ GATES: dict[str, Gate] = {
 }
 """Suffix of a model file -> its gate."""
 
+OPTIONS = {
+    "exits": ("--exits", "its exits are those of its forward(); edgeexit tune drops some of them"),
+    "arch": ("--arch", "leave it out: the file itself holds the network"),
+    "via": ("--via", "leave it out: only checkpoints have several roads"),
+}
+"""What not every gate takes: a key of Asked -> how the user says it, and what to do instead."""
+
 
 def open_model(path: Path, asked: Asked) -> Opened:
     """
@@ -138,8 +153,9 @@ def open_model(path: Path, asked: Asked) -> Opened:
     says how to get it), Unsupported for kinds that have no gate, BadFile for damaged files.
     """
     gate = _gate_of(path)
-    if asked.via is not None and gate is not _CHECKPOINT:
-        raise UsageError(f"{path}: {gate.what} takes one road, expected no --via")
+    for key, (option, hint) in OPTIONS.items():
+        if getattr(asked, key) and key not in gate.takes:
+            raise UsageError(f"{path}: {gate.what} takes no {option}", hint=hint)
     check_installed(gate, path)
     module, _, function = gate.opener.partition(":")
     opened: Opened = getattr(importlib.import_module(module), function)(path, asked)
@@ -176,9 +192,9 @@ def _gate_of(path: Path) -> Gate:
 def _holds_program(path: Path) -> bool:
     """Whether a file named like a checkpoint is TorchScript, or an exported program."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
             names = [name.rpartition("/")[2] for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile, ValueError):
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
         return False  # the gate says what is wrong with it
     return "constants.pkl" in names or "archive_format" in names
 

@@ -1,12 +1,14 @@
 """The gate for PyTorch checkpoints: weights with the name of the code that builds the network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
 
-from edgeexit.host.checkpoint import load_checkpoint
+from edgeexit.errors import UsageError
+from edgeexit.host.checkpoint import Checkpoint, load_checkpoint
 from edgeexit.host.gates import Asked, Opened
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import Purpose
@@ -32,12 +34,14 @@ def open_checkpoint(path: Path, asked: Asked) -> Opened:
     """
     Load the checkpoint *path*, or a plain state_dict if what is asked says what it is.
 
-    Errors as load_checkpoint.
+    Errors as load_checkpoint; UsageError also if labels or preprocessing are given that are not
+    those of a checkpoint that states its own.
     """
     via = asked.via or USUAL
     road = cast(Road, load_attribute(choose(via, ROADS, "road (--via)"), "road"))
     purpose = Purpose.told(asked.calibration, asked.labels, asked.preprocess)
     checkpoint = load_checkpoint(path, arch=asked.arch, purpose=purpose)
+    _check_asked(path, asked, checkpoint)
     model, shape = checkpoint.model, checkpoint.input_shape
     pruning = checkpoint.metadata.get("pruning")
     return Opened(
@@ -57,6 +61,20 @@ def open_checkpoint(path: Path, asked: Asked) -> Opened:
         },
         packages=PACKAGES,
     )
+
+
+def _check_asked(path: Path, asked: Asked, checkpoint: Checkpoint) -> None:
+    said = checkpoint.preprocess
+    told = asked.preprocess and replace(asked.preprocess, layout=said.layout)
+    for option, given, found in (
+        ("--labels", asked.labels, checkpoint.class_names),
+        ("--preprocess", told, said),
+    ):
+        if given is not None and given != found:
+            raise UsageError(
+                f"{path}: says otherwise than {option}, and was trained so",
+                hint=f"leave out {option}, or save the checkpoint again with what is right",
+            )
 
 
 def _pruning(made: Any) -> Any:
