@@ -388,6 +388,30 @@ def test_unlabelled_samples_fit_no_head(work) -> None:
         open_model(work / "int8.tflite", asked(work / "bare.npz", exits=EXITS))
 
 
+@pytest.mark.parametrize("exits", [(), EXITS])
+def test_a_network_that_answers_nan_is_refused(exits: tuple[str, ...], work, tmp_path) -> None:
+    data = (work / "float.tflite").read_bytes()
+    held = (t.constant for t in read_model(data, "net").tensors if t.dtype == "float32")
+    weights = next(values.tobytes() for values in held if values is not None)
+    nan = np.full(len(weights) // 4, np.nan, np.float32).tobytes()
+    (tmp_path / "nan.tflite").write_bytes(data.replace(weights, nan))
+
+    with pytest.raises(BadFile, match="NaN or infinity"):
+        make(
+            tmp_path,
+            "nan",
+            tmp_path / "b.edgeexit",
+            scheme="float",
+            exits=exits,
+            **{
+                "calibration": work / "some.npz",
+                "labels": work / "labels.txt",
+                "preprocess": work / "gray.toml",
+            },
+        )
+    assert not (tmp_path / "b.edgeexit").exists()
+
+
 def test_a_quantized_file_takes_no_other_scheme(work, tmp_path) -> None:
     with pytest.raises(Unsupported, match=r"is quantized already \(int8\)"):
         make(work, "int8", tmp_path / "b.edgeexit", scheme="float")

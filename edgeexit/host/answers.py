@@ -2,9 +2,9 @@
 Ask a .tflite for its answers to real samples, and compare them with what others answer.
 
 Callers see RealSamples (preprocessed on demand, so that a large set never lies in memory as
-floats), tflite_logits and check_parity. Hidden here: what makes a comparison prove something. A
-network whose answers hardly differ from sample to sample would pass any check, so that is
-refused as well.
+floats), tflite_logits, finite and check_parity. Hidden here: what makes a comparison prove
+something. A network whose answers hardly differ from sample to sample would pass any check, so
+that is refused as well.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeexit.errors import ParityError
+from edgeexit.errors import BadFile, ParityError
 from edgeexit.interpreter import open_interpreter
 from edgeexit.preprocess import Preprocess, real_values
 
@@ -68,6 +68,7 @@ def tflite_logits(
     The answers of a .tflite with one input: exit name -> logits (N, classes) as they come.
 
     *exits* maps exits to output tensors; *inputs* are input tensors without their batch axis.
+    BadFile if a logit is not finite.
     """
     network = open_interpreter(data)
     (feed,) = network.inputs.values()
@@ -77,7 +78,17 @@ def tflite_logits(
         network.invoke()
         for name, tensor in exits.items():
             rows[name].append(network.outputs[tensor][0].copy())
-    return {name: np.stack(logits) for name, logits in rows.items()}
+    return {name: finite(name, np.stack(logits)) for name, logits in rows.items()}
+
+
+def finite(exit: str, answers: "NDArray[Any]") -> "NDArray[Any]":
+    """The *answers* (or features) of an exit; BadFile unless all of them are finite."""
+    if not np.isfinite(answers).all():
+        raise BadFile(
+            f"exit {exit!r}: the network answers NaN or infinity to real samples",
+            hint="check its weights, and the mean and std of its preprocessing",
+        )
+    return answers
 
 
 def check_parity(

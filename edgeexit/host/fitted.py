@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeexit import tflite
 from edgeexit.errors import Unsupported
-from edgeexit.host.answers import RealSamples
+from edgeexit.host.answers import RealSamples, finite
 from edgeexit.host.grafts import Graft
 from edgeexit.interpreter import open_interpreter
 from edgeexit.preprocess import quantize as to_stored
@@ -42,8 +42,8 @@ def with_exits(
 
     Tensors are maps (1, ..., C), averaged over their places, or features (1, C). *labels* (N,)
     in 0..classes-1 belong to *reals*. Returns the grown model, and exit name -> index of its
-    logits (1, classes). Unsupported for tensors that take no exit. Equal arguments give equal
-    exits on one kind of machine.
+    logits (1, classes). Unsupported for tensors that take no exit, BadFile for NaN in them.
+    Equal arguments give equal exits on one kind of machine.
     """
     for name, index in at.items():
         _check_takes_exit(model, name, model.tensors[index])
@@ -114,7 +114,7 @@ def _features(
             if tensor.scales:
                 mean = (mean - tensor.zero_points[0]) * tensor.scales[0]
             rows[name].append(mean.astype(np.float32))
-    return {name: np.stack(means) for name, means in rows.items()}
+    return {name: finite(name, np.stack(means)) for name, means in rows.items()}
 
 
 def _graft_exit(

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeexit.errors import BadFile
-from edgeexit.host.answers import RealSamples
+from edgeexit.host.answers import RealSamples, finite
 from edgeexit.host.model import exit_answers
 
 if TYPE_CHECKING:
@@ -44,11 +43,4 @@ def torch_logits(model: nn.Module, reals: RealSamples) -> "dict[str, NDArray[np.
             x = torch.from_numpy(np.ascontiguousarray(moved[None]))
             for name, answer in exit_answers(model, x).items():
                 rows.setdefault(name, []).append(answer.numpy()[0].astype(np.float32))
-    answers = {name: np.stack(logits) for name, logits in rows.items()}
-    for name, logits in answers.items():
-        if not np.isfinite(logits).all():
-            raise BadFile(
-                f"exit {name!r}: the network answers NaN or infinity to real samples",
-                hint="check its weights, and the mean and std of its preprocessing",
-            )
-    return answers
+    return {name: finite(name, np.stack(logits)) for name, logits in rows.items()}
