@@ -177,6 +177,8 @@ class Bundle:
         for name in wanted:
             if name not in self.exits:
                 raise unknown(name, self.exits, "exit")
+        if not wanted:
+            raise UsageError(f"{self.path}: no exit kept, expected at least one")
         if set(wanted) == set(self.exits):
             return [
                 Link(
