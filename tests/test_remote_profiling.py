@@ -353,13 +353,13 @@ def test_a_board_whose_storage_is_full_says_so_and_goes_on_when_there_is_room(
     program = board.home / "env" / "1" / "bin" / "edgeexit"
     sound = program.read_text()
     # Python would leave byte code cut short at the limit, for all who run this checkout.
-    limits = "ulimit -f 29; export PYTHONDONTWRITEBYTECODE=1; exec"
+    limits = "ulimit -f 48; export PYTHONDONTWRITEBYTECODE=1; exec"
     program.write_text(sound.replace("exec", limits, 1))
     more = Limits(processes=20, precision=0.5, time_cap_s=20.0)
     with pytest.raises(StorageError, match=r"pi: .*File too large"):
         measure(host_of(board), limits=more)
     seen = rounds(board)
-    assert len(seen) > 1
+    assert len(seen) > 4
     program.write_text(sound)
     profile = measure(host_of(board), resume=True)
     blocks = [block.to_document() for process in profile.processes for block in process.blocks]
