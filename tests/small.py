@@ -260,3 +260,14 @@ def made_policy(**more: Any) -> Policy:
 
     record = made_record(**more)
     return tune(record, made_profile(), Request(target=Target(max_accuracy_drop=0.01))).policy
+
+
+def policy_with(bundle: Bundle, thresholds: tuple[float, ...]) -> Policy:
+    """A policy of *bundle* by hand, for any device."""
+    return Policy(
+        device="any",
+        bundle_digest=bundle.digest,
+        measure="max_prob",
+        exits=bundle.exits,
+        thresholds=thresholds,
+    )

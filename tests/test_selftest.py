@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from small import policy_with
 from test_runtime import GRAY, SAMPLES
 from tiny import tiny_model
 
@@ -142,22 +143,12 @@ def test_leaving_at_another_exit_is_deciding_otherwise(
     """The answers are equal, the confidences of one sample are not."""
     bundle = make(tmp_path, "int8", IN_PART)
     answering(monkeypatch, off_by(-5, 1, place=1))
-    with_one = run_selftest(bundle, policy=_policy(bundle, (0.51, ALWAYS)))
+    with_one = run_selftest(bundle, policy=policy_with(bundle, (0.51, ALWAYS)))
     answering(monkeypatch, off_by(-5, 1, place=1))
-    without = run_selftest(bundle, policy=_policy(bundle, (NEVER, ALWAYS)))
+    without = run_selftest(bundle, policy=policy_with(bundle, (NEVER, ALWAYS)))
 
     assert (with_one.decided, without.decided) == (15 / 16, 1.0)
     assert set(with_one.agreement.values()) == {1.0}
-
-
-def _policy(bundle: Bundle, thresholds: tuple[float, ...]) -> Policy:
-    return Policy(
-        device="any",
-        bundle_digest=bundle.digest,
-        measure="max_prob",
-        exits=bundle.exits,
-        thresholds=thresholds,
-    )
 
 
 def test_run_tells_it_and_a_policy_of_the_bundle_is_asked(

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from device_pythons import CHECKOUT, device_python, run
-from small import made_profile, pictures
+from small import made_profile, pictures, policy_with
 from test_runtime import GRAY, SAMPLES
 from tiny import tiny_model
 
@@ -24,7 +24,7 @@ from edgeexit.cli import entry
 from edgeexit.dissect import dissect
 from edgeexit.errors import DeviceError
 from edgeexit.evaluate import Record, record
-from edgeexit.policy import DROPPED, NEVER, Policy
+from edgeexit.policy import DROPPED, NEVER
 from edgeexit.recut import recut
 from edgeexit.runtime import Runner
 from edgeexit.selftest import run_selftest
@@ -110,7 +110,7 @@ def test_the_versions_are_those_that_are_meant(python: Path) -> None:
 def test_the_shipped_example_runs_and_says_how_far_it_agrees(python: Path, home: str) -> None:
     bundle, pictures = str(EXAMPLE), str(CHECKOUT / "examples" / "images")
     policy = str(Path(home) / "policy.json")
-    _policy(load_bundle(EXAMPLE), (0.9, 0.8)).save(policy)
+    policy_with(load_bundle(EXAMPLE), (0.9, 0.8)).save(policy)
     tested, told, there = board(
         python,
         home,
@@ -134,16 +134,6 @@ def test_the_shipped_example_runs_and_says_how_far_it_agrees(python: Path, home:
     ]
     assert answers[0] == answers[1]
     assert len({exit for _, exit in answers[0]}) > 1
-
-
-def _policy(bundle: Bundle, thresholds: tuple[float, ...]) -> Policy:
-    return Policy(
-        device="any",
-        bundle_digest=bundle.digest,
-        measure="max_prob",
-        exits=bundle.exits,
-        thresholds=thresholds,
-    )
 
 
 def test_every_scheme_runs_there_and_its_logits_are_recorded(
@@ -187,7 +177,7 @@ def test_what_needs_the_schema_is_refused_in_one_line_with_the_next_step(
     python: Path, home: str, bundles: Path
 ) -> None:
     bundle = load_bundle(bundles / "int8.edgeexit")
-    _policy(bundle, (DROPPED, NEVER)).save(bundles / "drops.json")
+    policy_with(bundle, (DROPPED, NEVER)).save(bundles / "drops.json")
     done = board(
         python,
         home,

@@ -91,6 +91,9 @@ class Gate:
     python: tuple[int, int] = (3, 11)
 
 
+# The distributions that decide about the bytes of what comes from torch.
+TORCH_PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
+
 _TORCH = ("torch", "litert_torch", "ai_edge_quantizer")
 _CHECKPOINT = Gate(
     opener="edgeexit.host.gates.checkpoint:open_checkpoint",

@@ -9,14 +9,12 @@ from torch import nn
 
 from edgeexit.errors import UsageError
 from edgeexit.host.checkpoint import Checkpoint, load_checkpoint
-from edgeexit.host.gates import Asked, Opened
+from edgeexit.host.gates import TORCH_PACKAGES, Asked, Opened
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import Purpose
 from edgeexit.host.torch_answers import torch_logits
 from edgeexit.names import choose, load_attribute
 from edgeexit.preprocess import Preprocess
-
-PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 
 Road = Callable[[nn.Module, tuple[int, ...], Preprocess], Lowered]
 """Lowers a network for one input shape, as edgeexit.host.lower.from_torch."""
@@ -59,7 +57,7 @@ def open_checkpoint(path: Path, asked: Asked) -> Opened:
             **({} if via == USUAL else {"via": via}),
             **({} if pruning is None else {"pruning": _pruning(pruning)}),
         },
-        packages=PACKAGES,
+        packages=TORCH_PACKAGES,
     )
 
 

@@ -16,7 +16,7 @@ from edgeexit.errors import BadFile
 from edgeexit.files import digest_of, read_bytes, read_npz
 from edgeexit.host import apart
 from edgeexit.host.answers import RealSamples
-from edgeexit.host.gates import Asked, Opened
+from edgeexit.host.gates import TORCH_PACKAGES, Asked, Opened
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.purpose import Purpose
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 MAX_BYTES = 4 << 30
-PACKAGES = ("torch", "litert-torch", "ai-edge-quantizer", "ai-edge-litert")
 _CHILD = "edgeexit.host.program_child"
 
 
@@ -75,7 +74,7 @@ def open_program(path: Path, asked: Asked) -> Opened:
         preprocess=purpose.preprocess,
         digest=digest_of(data),
         calibration_set=purpose.calibration_set,
-        packages=PACKAGES,
+        packages=TORCH_PACKAGES,
     )
 
 
