@@ -758,7 +758,7 @@ def test_what_was_pruned_becomes_a_bundle_that_agrees_with_the_uncut_model(
     ran = runs(name)
     # It compares the chain of segments with the uncut int8 model, byte by byte, and refuses.
     bundle = convert(ran.result.path, tmp_path / "net.edgeexit", samples)
-    assert agrees(bundle, ran.model, samples) > 0.9
+    assert agrees(bundle, ran.model, samples) > 0.95
 
 
 def test_attached_exits_stay_through_pruning_to_the_bundle(samples: Path, tmp_path: Path) -> None:
@@ -783,20 +783,26 @@ def test_attached_exits_stay_through_pruning_to_the_bundle(samples: Path, tmp_pa
     again = load_checkpoint(tmp_path / "out.pt")
     assert len(again.exits) == 2
     bundle = convert(tmp_path / "out.pt", tmp_path / "net.edgeexit", samples)
-    assert agrees(bundle, again.model, samples) > 0.9
+    assert agrees(bundle, again.model, samples) > 0.95
 
 
 def agrees(bundle: Any, model: nn.Module, samples: Path) -> float:
-    """How often the runner's answers are torch's, over exits and held-out samples."""
+    """
+    How often the runner's answers are torch's, over exits and held-out samples.
+
+    Of each exit the surer half: what it is at a loss about, rounding decides.
+    """
     from edgeexit.runtime import Runner
 
     material = prune_nets.material(samples)
     chosen = material.holdout[:100]
     expected = exit_outputs(model.eval(), material.inputs(chosen)).values()
-    wanted = np.stack([one.argmax(1).numpy() for one in expected])
+    logits = np.stack([one.detach().numpy() for one in expected])
+    least, most = np.sort(logits)[:, :, -2:].transpose(2, 0, 1)
+    is_sure = most - least >= np.median(most - least, axis=1, keepdims=True)
     with Runner(bundle, policy=None) as runner:
         found = np.stack([runner.logits(one) for one in material.data.samples[chosen]], 1)
-    return float((found.argmax(2) == wanted).mean())
+    return float((found.argmax(2) == logits.argmax(2))[is_sure].mean())
 
 
 # ---------------------------------------------------------------- what the table says
