@@ -76,6 +76,14 @@ def _cutting(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
+def _training(found: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["net", "epoch of " + str(found["samples"]) + " samples in float32", "times faster"]]
+    for name, f in found["nets"].items():
+        seconds = f["float32_seconds"]["median"]
+        rows.append([name, f"{seconds:.2f} s", _spread(f["times_faster"])])
+    return rows
+
+
 def _conversion(found: Mapping[str, Any]) -> list[list[str]]:
     rows = [["net", "seconds", "peak memory, GB"]]
     return rows + [[n, str(f["seconds"]), str(f["peak_gb"])] for n, f in found.items()]
@@ -351,6 +359,7 @@ BENCHES: dict[str, tuple[str, Table]] = {
     "accuracy": ("The shipped network, exit by exit, on `report`", _accuracy),
     "cutting": ("What cutting costs", _cutting),
     "parts": ("Paths priced from their parts against the same paths timed", _parts),
+    "training": ("What an epoch of training costs in bfloat16 beside float32", _training),
     "conversion": ("What converting costs, imports included", _conversion),
     "gates": ("The same networks by way of torch and by way of ONNX", _gates),
     "ready": ("Ready `.tflite` files of MLPerf Tiny with exits put on", _ready),

@@ -220,6 +220,7 @@ def test_each_phase_has_the_steps_to_itself() -> None:
         (replace(PART, drops=(0.5,)), UsageError, "training.drops: the schedule one-cycle has"),
         (replace(PART, regime="jiont"), UsageError, "training regime"),
         (replace(PART, head_init="zeros"), UsageError, "exit heads"),
+        (replace(PART, precision="float16"), UsageError, "precision of a training"),
         (replace(PART, exit_weights=(1.0, 1.0)), BadFile, "the network has 3 exits"),
         (replace(PART, phase_shares=(1.0, 1.0)), BadFile, "has 1 phases: all"),
         (replace(PART, batch=65), UsageError, "training.batch: found 65, but there are 64"),
@@ -236,6 +237,36 @@ def test_a_network_for_other_samples_is_refused() -> None:
     model = zoo.resnet(channels=2, classes=3, size=[8, 8], stem=[4], widths=[4], blocks=[1])
     with pytest.raises(Unsupported, match="refuses"):
         Fit(model, material(), PART, where="r")
+
+
+# ---------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_in_bfloat16_only_maps_of_the_training_are_short(name: str) -> None:
+    model, seen = made(name), set()
+    layer = next(m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    layer.register_forward_hook(lambda module, given, out: seen.add((module.training, out.dtype)))
+    fit = Fit(model, material(), replace(PART, precision="bfloat16"), where="r")
+    seen.clear()
+    fit.run()
+
+    assert seen == {(True, torch.bfloat16), (False, torch.float32)}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {t.dtype for t in fit.state()["best_state"].values()} <= {torch.float32, torch.int64}
+
+
+def test_bfloat16_learns_nearly_the_same_weights() -> None:
+    start, models = made("zoo").state_dict(), [made("zoo"), made("zoo")]
+    for model, precision in zip(models, ("float32", "bfloat16"), strict=True):
+        Fit(model, material(), replace(PART, precision=precision), where="r").run()
+    long, short = (
+        torch.cat([(p - start[n]).detach().flatten() for n, p in model.named_parameters()])
+        for model in models
+    )
+
+    assert not torch.equal(long, short)
+    assert nn.functional.cosine_similarity(long, short, dim=0) > 0.99
 
 
 # ---------------------------------------------------------------- losses

@@ -37,6 +37,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "distillation": st.floats(0, 100),
     "distillation_temperature": st.floats(0.01, 100),
     "head_init": st.text(max_size=8),
+    "precision": st.text(max_size=8),
 }
 REQUIRED = {"epochs": 3, "learning_rate": 0.1}
 

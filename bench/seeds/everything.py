@@ -80,6 +80,7 @@ class Setting:
     seeds: int
     time_cap_s: float
     batch: int = 128
+    precision: str = "float32"
     learning_rate: float = 0.01
     fgsm: float = 2 / 255
     noise: float = 0.05
@@ -105,6 +106,7 @@ SMALL = Setting(
     seeds=2,
     time_cap_s=20.0,
     batch=64,
+    precision="bfloat16",
 )
 FULL = Setting(
     net=NET,
@@ -196,7 +198,7 @@ def _seed_steps(setting: Setting, start: Step, seed: int) -> list[Step]:
     net, pictures = setting.net, setting.pictures
     tested = LOSSLESS_TESTS if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "learning_rate": setting.learning_rate}
-    part["weight_decay"] = 1e-4
+    part |= {"weight_decay": 1e-4, "precision": setting.precision}
     steps = [
         start,
         kinds.train_step(
@@ -328,9 +330,10 @@ def page(found: Mapping[str, Any]) -> str:
         f"out; accuracies are class means on {splits['test']['pictures']:,} lossless test "
         f"pictures, mean of {setting['seeds']} seeds (least .. largest). {setting['epochs']} "
         f"epochs after each step and {setting['final']} at each goal (paper: 10 for either child, "
-        f"then 190, in every step), {_course(setting)}; children are compared before they "
-        f"recover, by the CKA of all exits on training pictures. Filters are scored by "
-        f"{setting['criterion']}, blocks by {setting['block_criterion']} (paper: KL for both). "
+        f"then 190, in every step), maps in {setting['precision']}, {_course(setting)}; children "
+        "are compared before they recover, by the CKA of all exits on training pictures. Filters "
+        f"are scored by {setting['criterion']}, blocks by {setting['block_criterion']} (paper: KL "
+        "for both). "
         "The pretrained network has seen the pictures held out here; the test pictures it has "
         "not.\n"
     )

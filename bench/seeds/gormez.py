@@ -74,6 +74,7 @@ class Setting:
     seeds: int
     time_cap_s: float
     batch: int = 128
+    precision: str = "float32"
     learning_rate: float = 0.1
     finetune_rate: float = 0.02
     course: Mapping[str, Any] = field(default_factory=dict)
@@ -95,6 +96,7 @@ SMALL = Setting(
     criterion_epochs=1,
     seeds=3,
     time_cap_s=30.0,
+    precision="bfloat16",
 )
 FULL = Setting(
     net=kinds.Net(depth=56, blocks=(4, 8, 12, 16, 20, 24)),
@@ -139,6 +141,7 @@ def _seed_steps(setting: Setting, seed: int) -> list[Step]:
     net, pictures = setting.net, setting.pictures
     tested = LOSSLESS_TESTS if setting.test is None else setting.test
     part = {"seed": seed, "batch": setting.batch, "weight_decay": 5e-4}
+    part["precision"] = setting.precision
     whole = {**part, "epochs": setting.dense, "learning_rate": setting.learning_rate}
     whole |= setting.course
     weights = EXIT_WEIGHTS[-net.exits :]
@@ -379,7 +382,8 @@ def _told(found: Mapping[str, Any]) -> str:
         f"{setting['dense']} dense, then {2 * setting['half']} in each of {setting['steps']} steps "
         f"for S1, {setting['half']} in each step of both halves for S2; {twins} epochs for either "
         f"twin. Not known from the paper, so ours: optimiser (SGD, {course}one cycle, learning "
-        f"rate {setting['learning_rate']}, then {setting['finetune_rate']}), epochs, exit weights "
+        f"rate {setting['learning_rate']}, then {setting['finetune_rate']}, maps in "
+        f"{setting['precision']}), epochs, exit weights "
         "(SDN's while dense, then all 1) and the grid of thresholds.\n"
         + (
             ""

@@ -34,6 +34,9 @@ HOLDOUT_BATCH = 500
 MEANS_BATCH = 256
 MEANS_SAMPLES = 4096
 
+# In what maps are computed while training; weights, losses and held-out answers stay float32.
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+
 
 class Influence:
     """What else acts on a training under way; every method may be left as it is."""
@@ -159,6 +162,7 @@ def check_training(part: TrainingPart, *, exits: int, samples: int, where: str) 
         )
     plan(part, where)
     choose(part.head_init, HEAD_INITS, "way to start exit heads")
+    choose(part.precision, PRECISIONS, "precision of a training")
     course = choose(part.schedule, COURSES, "schedule of the learning rate")
     if part.drops and not course.has_drops:
         able = [name for name, course in COURSES.items() if course.has_drops]
@@ -191,6 +195,7 @@ class Fit:
         self.model, self.material, self.part, self.where = model, material, part, where
         self.influence = Influence() if influence is None else influence
         self.device = _device(model)
+        self._dtype = choose(part.precision, PRECISIONS, "precision of a training")
         self._probe = material.inputs(material.training[:1]).to(self.device)
         self._format = lay_out(model, self._probe)
         self.exits = self._check_model()
@@ -215,11 +220,11 @@ class Fit:
         self.model.eval()
         try:
             with torch.inference_mode():
-                outputs = exit_outputs(self.model, self._probe)
+                outputs = self._outputs(self._probe)
         except RuntimeError as error:
             raise Unsupported(
                 f"{self.where}: model.input_shape: the network refuses "
-                f"{list(self._probe.shape)}: {error}"
+                f"{list(self._probe.shape)} in {self.part.precision}: {error}"
             ) from error
         classes = len(self.material.data.class_names)
         for name, logits in outputs.items():
@@ -229,6 +234,12 @@ class Fit:
                     f"[1, {classes}] for the data's {classes} classes"
                 )
         return tuple(outputs)
+
+    def _outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Logits of every exit in float32, computed in the precision of the part."""
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
+            outputs = exit_outputs(self.model, inputs)
+        return {name: logits.float() for name, logits in outputs.items()}
 
     # ------------------------------------------------------------ phases
 
@@ -339,7 +350,7 @@ class Fit:
         for number, (real, labels) in enumerate(feed, start=1):
             inputs = to_input(real, self.material.preprocess)
             inputs = inputs.to(self.device, memory_format=self._format)
-            outputs = list(exit_outputs(self.model, inputs).values())
+            outputs = list(self._outputs(inputs).values())
             loss = exit_loss(outputs, torch.from_numpy(labels).to(self.device), weights, part)
             self._learn(loss, weights, number)
             tell(self._step(number))

@@ -83,6 +83,7 @@ class TrainingPart:
     distillation: float = 0.0
     distillation_temperature: float = 1.0
     head_init: str = "random"
+    precision: str = "float32"
 
     def to_document(self) -> dict[str, Any]:
         """What training_part reads; what was added later is there only where it is used."""
@@ -91,7 +92,7 @@ class TrainingPart:
             for key, value in vars(self).items()
         }
         plain = type(self)(epochs=self.epochs, learning_rate=self.learning_rate)
-        for key in ("schedule", "drops"):
+        for key in ("schedule", "drops", "precision"):
             if getattr(self, key) == getattr(plain, key):
                 del document[key]
         return document
@@ -281,4 +282,5 @@ def training_part(table: Table) -> TrainingPart:
         distillation=_within(table, "distillation", 0, 100, 0),
         distillation_temperature=_within(table, "distillation_temperature", 0.01, 100, 1),
         head_init=table.find("head_init", str, "random"),
+        precision=table.find("precision", str, "float32"),
     )
