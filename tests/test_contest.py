@@ -230,18 +230,25 @@ def test_who_measures_is_named_for_auto_only(option, work, capsys) -> None:
     assert "nothing is measured for --scheme int8" in capsys.readouterr().err
 
 
-def test_the_board_of_a_device_measures_over_ssh(boards, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def pi4(boards, tmp_path, monkeypatch) -> None:
+    """A board in hosts.toml of the current folder that says it is a Raspberry Pi 4."""
     pytest.importorskip("asyncssh")
-    from small import small_bundle
     from test_remote_profiling import LIMITS, host_of, install, replayed
 
-    from edgeexit.cli.schemes import measuring
     from edgeexit.remote.hosts import Hosts
 
-    monkeypatch.chdir(tmp_path)  # hosts.toml lies in the current folder
+    monkeypatch.chdir(tmp_path)
     fake = replayed(tmp_path / "tree", "Raspberry Pi 4 Model B Rev 1.4")
     Hosts.read().add(host_of(install(boards(), **fake), device="rpi4"))
     monkeypatch.setattr(contest, "LIMITS", LIMITS)
+
+
+def test_the_board_of_a_device_measures_over_ssh(pi4, tmp_path) -> None:
+    from small import small_bundle
+
+    from edgeexit.cli.schemes import measuring
+
     bundle = small_bundle(tmp_path, exits=2)
     measure = measuring("auto", "rpi4", None)
     assert measure is not None
@@ -277,3 +284,17 @@ def test_this_machine_measures_them(work, capsys, monkeypatch) -> None:
     for row in choice["candidates"]:
         assert all(0 < ms["low"] <= ms["value"] <= ms["high"] for ms in row["ms"].values())
     assert choice["device"] == "host"
+
+
+@pytest.mark.slow
+def test_a_board_measures_them_all(pi4, work, tmp_path, capsys) -> None:
+    given = ["--arch", ARCH, "--calibration", str(work / "some.npz"), "-o", "there.edgeexit"]
+    asked = ["--scheme", "auto", "--device", "rpi4", "--json"]
+
+    assert cli.entry(["convert", str(work / "net.pt"), *given, *asked]) == 0
+    choice = json.loads(capsys.readouterr().out)["scheme_choice"]
+    assert choice["device"] == "rpi4"
+    assert len(choice["candidates"]) > 2
+    taken = [row for row in choice["candidates"] if row["scheme"] == choice["scheme"]]
+    assert all(ms["value"] > 0 for ms in taken[0]["ms"].values())
+    assert load_bundle("there.edgeexit").scheme == choice["scheme"]
