@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -84,9 +84,10 @@ class Spec:
     options: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        named = [self.kind] * (self.kind != FOREIGN) + [self.address] * bool(self.address)
-        head = ":".join(named)
-        return printable(head + "".join(f",{k}={v}" for k, v in self.options.items()))
+        parts = [self.address] * bool(self.address)
+        parts += [f"{key}={value}" for key, value in self.options.items()]
+        named = "" if self.kind == FOREIGN else f"{self.kind}:"
+        return printable(named + ",".join(parts))
 
     def path(self, what: str) -> Path:
         """The address as a path. UsageError unless it is there."""
@@ -262,7 +263,7 @@ def _recorded(spec: Spec, path: Path) -> Iterator[Frame]:
         for index, sample in enumerate(samples):
             yield Frame(sample, f"{path}[{index}]", is_sample=True)
     else:
-        yield from cast(Iterator[Frame], _video(Spec(kind="video", address=str(path))))
+        yield from cast(Iterator[Frame], _video(replace(spec, options={})))
 
 
 def _watch(spec: Spec) -> Frames:

@@ -269,9 +269,9 @@ def test_replay_plays_at_its_rate_and_as_often_as_it_is_told(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "shown"),
     [
-        ("camera:", "camera"),
+        ("camera:", "camera:"),
         ("camera:1,size=640x480,fps=30", "camera:1,size=640x480,fps=30"),
-        ("camera:size=640x480", "camera,size=640x480"),
+        ("camera:size=640x480", "camera:size=640x480"),
         ("v4l2:/dev/video2,format=mjpeg", "v4l2:/dev/video2,format=mjpeg"),
         ("watch:a,b=c", "watch:a,b=c"),
         ("clip.MP4", "video:clip.MP4"),
@@ -282,7 +282,9 @@ def test_replay_plays_at_its_rate_and_as_often_as_it_is_told(tmp_path: Path) -> 
     ],
 )
 def test_spelling(name: str, shown: str) -> None:
-    assert str(find(name)) == shown
+    found = find(name)
+    assert str(found) == shown
+    assert found is None or find(shown) == found
 
 
 @pytest.mark.parametrize(

@@ -94,4 +94,4 @@ def test_what_the_board_refuses_is_shown(
     monkeypatch.setenv("EDGEEXIT_HOSTS", str(hosts))
 
     assert entry(["service", "uninstall", "--app", "x", "--host", "pi"]) == 2
-    assert "Error: no app named x" in capsys.readouterr().err
+    assert "Error: pi: no app named x" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """`edgeexit service`: let systemd keep `edgeexit run` going."""
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -304,6 +305,7 @@ def _remotely(host: str, words: list[str], is_user_unit: bool) -> None:
     done = asyncio.run(ask(board, words, as_root=not is_user_unit))
     for text, is_error in ((done.out.decode(errors="replace"), False), (done.err, True)):
         for line in text.splitlines():
-            click.echo(printable(line), err=is_error)
+            said = re.sub("^Error: ", f"Error: {board.name}: ", line)
+            click.echo(printable(said), err=is_error)
     if done.code:
         click.get_current_context().exit(done.code)
