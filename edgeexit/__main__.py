@@ -1,8 +1,6 @@
 """`python -m edgeexit` is the same as `edgeexit`."""
 
-import sys
-
-from edgeexit.cli import entry
+from edgeexit.cli import script
 
 if __name__ == "__main__":
-    sys.exit(entry())
+    script()

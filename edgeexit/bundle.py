@@ -11,7 +11,6 @@ because a policy is chosen for a finished bundle.
 import math
 import re
 import shutil
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from edgeexit import __version__
 from edgeexit.cut import SegmentPlan, cut, model_io
-from edgeexit.errors import BadFile, Unsupported, UsageError, storage
+from edgeexit.errors import BadFile, Unsupported, UsageError, is_plain, storage
 from edgeexit.files import (
     Arrays,
     Table,
@@ -58,8 +57,6 @@ _KEYS = (
     "parent",
 )
 _SAFE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,120}")
-# Control characters, lone surrogates, line and paragraph ends (Unicode's general categories).
-_UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
 _MAX_FILE_BYTES = 2**31
 _MAX_TENSOR_BYTES = 1 << 30
 
@@ -396,7 +393,7 @@ def _check(bundle: Bundle, where: str) -> None:
     if not exits or len(set(exits)) != len(exits):
         raise BadFile(f"{where}: exits: expected different names, found {list(exits)}")
     for text in (bundle.name, bundle.made_by, *exits, *bundle.class_names):
-        if any(unicodedata.category(char) in _UNSHOWN for char in text):
+        if not is_plain(text):
             raise BadFile(f"{where}: {text[:60]!r}: control characters, expected plain text")
     if classes == 0:
         raise BadFile(f"{where}: class_names: expected at least one")

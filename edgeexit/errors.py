@@ -18,6 +18,7 @@ expectation; the hint is the next step. Anything else that escapes is a bug (exi
 """
 
 import errno
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +136,15 @@ def from_os_error(error: OSError, path: Path | str | None = None) -> EdgeExitErr
     shown = text if len(text) <= 200 else f"{text[:197]}..."
     kind = UsageError if error.errno in _WRONG_PATH else StorageError
     return kind(f"{shown}: {error.strerror or error}")
+
+
+# Control characters, lone surrogates, line and paragraph ends (Unicode's general categories).
+_UNSHOWN = ("Cc", "Cs", "Zl", "Zp")
+
+
+def is_plain(text: str) -> bool:
+    """Whether *text* is one line without control characters, fit to be a name in a file."""
+    return not any(unicodedata.category(char) in _UNSHOWN for char in text)
 
 
 def printable(text: str) -> str:

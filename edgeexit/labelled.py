@@ -252,7 +252,10 @@ def _labels(arrays: Arrays, count: int, class_count: int | None) -> NDArray[np.i
         k = int(wrong.argmax())
         raise BadFile(
             f"{arrays.where}: labels[{k}]: {int(labels[k])}, expected 0 to {limit - 1}",
-            hint="labels count from 0 in the order of the class names",
+            hint="labels count from 0 in the order of the class names, which the network, a set or "
+            f"--labels gives: there are {class_count}"
+            if class_count
+            else "labels count from 0 in the order of the class names",
         )
     return np.asarray(labels, np.int64)
 

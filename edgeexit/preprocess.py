@@ -36,6 +36,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 MAX_SIDE = 4096
+SMALLEST = 1e-9
 IMAGE_KEYS = ("kind", "size", "resize", "filter", "color", "scale", "mean", "std", "layout")
 ARRAY_KEYS = ("kind", "scale", "mean", "std", "layout")
 
@@ -83,6 +84,13 @@ class Preprocess:
                 raise UsageError(f"{key}: expected finite numbers, found {list(values)}")
         if min(self.std) <= 0:
             raise UsageError(f"std: expected positive numbers, found {list(self.std)}")
+        for key, values in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):
+            beyond = [v for v in values if v and not SMALLEST <= abs(v) <= 1 / SMALLEST]
+            if beyond:
+                raise UsageError(
+                    f"{key}: expected numbers of {SMALLEST:g} to {1 / SMALLEST:g}, which float32 "
+                    f"can divide by, found {beyond[0]!r}"
+                )
 
     def _check_image(self) -> None:
         if self.size is None or not all(1 <= side <= MAX_SIDE for side in self.size):

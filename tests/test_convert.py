@@ -13,6 +13,7 @@ import pytest
 
 from edgeexit.calibration import make_set
 from edgeexit.cli import convert as cli
+from edgeexit.cli import entry
 from edgeexit.cli.steps import Steps
 from edgeexit.errors import (
     BadFile,
@@ -223,6 +224,16 @@ def test_bad_input_is_refused_in_one_line_and_writes_nothing(case: str, work, tm
     assert "\n" not in str(refusal.value)
     assert refusal.value.exit_code in (2, 3, 4)
     assert not list(tmp_path.glob("*out*"))
+
+
+def test_few_answers_as_floats_are_a_warning(work, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "FEW", 1.01)
+    given = ["convert", str(work / "net.pt"), "--calibration", str(work / "some.npz")]
+
+    assert entry(given) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert [line.split(":")[1] for line in told] == [" exit exit0", " exit exit1", " exit exit2"]
 
 
 def test_answers_that_prove_nothing_stop_the_conversion(work, tmp_path) -> None:

@@ -1,8 +1,10 @@
 """Facts about torch programs (.pt2) and TorchScript: trusted or refused, and their own answers."""
 
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -84,6 +86,34 @@ def test_a_trusted_program_is_lowered_in_a_child(files, net, monkeypatch) -> Non
     assert list(lowered.exits) == ["small", "middle", "final"]
     found = tflite_logits(lowered.data, lowered.exits, reals)
     check_parity(torch_logits(model, reals), found, reals)
+
+
+def test_what_sigterm_ends_leaves_nothing_behind(files, tmp_path) -> None:
+    here, temporary = tmp_path / "here", tmp_path / "temporary"
+    for folder in (here, temporary):
+        folder.mkdir()
+    (tmp_path / "labels.txt").write_text("\n".join(CLASSES))
+    rows = [f"{key} = {json.dumps(v)}" for key, v in host_nets.GRAY.to_document().items()]
+    (tmp_path / "gray.toml").write_text("\n".join(rows))
+    np.savez(tmp_path / "some.npz", samples=host_nets.pictures(20))
+    given = ["--labels", "../labels.txt", "--preprocess", "../gray.toml", "--trust-pickle"]
+    given += ["--calibration", "../some.npz"]
+    program = subprocess.Popen(
+        [sys.executable, "-m", "edgeexit", "convert", str(files / "net.pt2"), *given],
+        cwd=here,
+        env={**os.environ, "TMPDIR": str(temporary)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(temporary.iterdir()):
+        assert program.poll() is None, program.stderr.read()
+        time.sleep(0.001)
+    program.terminate()
+
+    assert program.wait(60) == 143
+    program.stderr.close()
+    assert not list(temporary.iterdir())
+    assert not list(here.iterdir())
 
 
 @pytest.mark.slow

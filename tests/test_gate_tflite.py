@@ -332,7 +332,7 @@ def _two_inputs(data: bytes) -> bytes:
 DATA = tiny_model().data
 REFUSED = {
     "neither labels nor set": (DATA, {"labels": None}, UsageError, "does not say which classes"),
-    "no preprocessing": (DATA, {"preprocess": None}, UsageError, "does not say which classes"),
+    "no preprocessing": (DATA, {"preprocess": None}, UsageError, "does not say which inputs"),
     "another shape": (
         DATA,
         {"preprocess": Preprocess(kind="image", size=(9, 9), color="gray", layout="nhwc")},
@@ -415,6 +415,14 @@ def test_a_network_that_answers_nan_is_refused(exits: tuple[str, ...], work, tmp
 def test_a_quantized_file_takes_no_other_scheme(work, tmp_path) -> None:
     with pytest.raises(Unsupported, match=r"is quantized already \(int8\)"):
         make(work, "int8", tmp_path / "b.edgeexit", scheme="float")
+
+
+def test_the_file_and_its_exit_are_named_where_classes_are_miscounted(work, tmp_path) -> None:
+    (tmp_path / "few.txt").write_text("a\nb\nc\nd\ne")
+
+    wanted = r"int8\.tflite: exit '.*' answers with 4 classes, but there are 5 class names"
+    with pytest.raises(Unsupported, match=wanted):
+        make(work, "int8", tmp_path / "b.edgeexit", labels=tmp_path / "few.txt")
 
 
 def test_one_number_for_four_classes_is_regression(work, tmp_path) -> None:

@@ -11,6 +11,8 @@ from edgeexit.errors import UsageError
 if TYPE_CHECKING:
     from edgeexit.bundle import Bundle
 
+FEW = 0.9  # of an exit's answers are the float network's: fewer deserve a warning
+
 
 @click.command("convert", short_help="turn a model file into a bundle of int8 segments")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -134,6 +136,13 @@ def command(
         measure=measure,
     )
     click.echo(_document(bundle, steps) if as_json else _table(bundle, steps))
+    for exit, share in bundle.provenance["float_agreement"].items():
+        if share < FEW:
+            click.echo(
+                f"warning: exit {exit}: in {bundle.scheme} only {share:.1%} of its answers are the "
+                "float network's: try --scheme float, and other calibration samples",
+                err=True,
+            )
 
 
 def _listed(exits: str) -> list[str]:

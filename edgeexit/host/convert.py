@@ -117,6 +117,7 @@ def convert(
         reals=reals,
         scheme=scheme,
         choose=choose if scheme == AUTO else None,
+        where=str(model_path),
         provenance=lambda quantized: _provenance(opened, ranges, quantized),
         on_step=step,
         calibration_set=ranges.calibration_set,
@@ -133,6 +134,7 @@ def build(
     scheme: str = "int8",
     choose: Callable[[Lowered, Callable[[float], None]], contest.Choice] | None = None,
     is_checked: bool = True,
+    where: str = "the network",
     provenance: Callable[[Quantized], Mapping[str, Any]],
     on_step: OnStep,
     **rest: Any,
@@ -140,14 +142,14 @@ def build(
     """
     The middle of the road: lower what was *opened*, quantize it on *reals*, write *target*.
 
-    *choose* is told the lowered network and says which scheme to take for *scheme*. *rest* goes
-    to write_bundle. Without *is_checked* the chain is not compared with the uncut
-    network, and the framework on a few samples only, whose answers need not differ: for bundles
-    that are measured and thrown away. Errors as convert.
+    *choose* is told the lowered network and says which scheme to take for *scheme*; *where* names
+    the file in errors. *rest* goes to write_bundle. Without *is_checked* the chain is not compared
+    with the uncut network, and the framework on a few samples only, whose answers need not
+    differ: for bundles that are measured and thrown away. Errors as convert.
     """
     on_step("lower", 0.0)
     lowered = opened.lower()
-    _check_classes(lowered, opened.class_names)
+    _check_classes(lowered, opened.class_names, where)
     on_step("lower", 1.0)
 
     if opened.reference is not None:
@@ -303,20 +305,20 @@ def _held_back(opened: Opened, source: str, samples: Samples) -> tuple[RealSampl
     )
 
 
-def _check_classes(lowered: Lowered, class_names: Sequence[str]) -> None:
+def _check_classes(lowered: Lowered, class_names: Sequence[str], where: str) -> None:
     outputs = cut.model_io(lowered.data, "lowered network")[1]
     found, wanted = outputs[0].shape[-1], len(class_names)
     if found != wanted and "one logit" in lowered.endings.values():
         raise Unsupported(
-            f"the network answers with one number: regression, or a classifier of two classes; "
+            f"{where}: answers with one number: regression, or a classifier of two classes; "
             f"there are {wanted} class names",
             hint="give the two class names: first the one below zero, then the one above",
         )
     if found != wanted:
         raise Unsupported(
-            f"the network answers with {found} classes, its class_names and the calibration set "
-            f"have {wanted}",
-            hint="one name per class is wanted: save the checkpoint again, or give --labels FILE",
+            f"{where}: exit {next(iter(lowered.exits))!r} answers with {found} classes, but there "
+            f"are {wanted} class names",
+            hint="one name per class is wanted, in --labels, the calibration set or the checkpoint",
         )
 
 

@@ -1,12 +1,15 @@
 """What a network is for, where its file does not say: its classes and its preprocessing."""
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from edgeexit.errors import BadFile, UsageError
+from edgeexit.errors import BadFile, UsageError, is_plain
 from edgeexit.files import read_bytes, read_toml
 from edgeexit.preprocess import Preprocess
 from edgeexit.samples import find_set, is_set
+
+MAX_NAME = 200  # characters of a class name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,13 +78,20 @@ class Purpose:
     ) -> "Purpose":
         """As told, for the file *where* that says nothing itself: UsageError instead of None."""
         told = cls.told(calibration, labels, preprocess)
-        if told is None:
-            raise UsageError(
-                f"{where}: does not say which classes and inputs it is for",
-                hint="say --calibration SET, which does, or --labels FILE.txt and "
-                "--preprocess FILE.toml",
-            )
-        return told
+        if told is not None:
+            return told
+        if calibration is not None and not Path(calibration).exists():
+            find_set(str(calibration))  # a name that was mistyped: this says which there are
+        open_ends = {
+            ("classes", "--labels FILE.txt"): labels is None,
+            ("inputs", "--preprocess FILE.toml"): preprocess is None,
+        }
+        left = [words for words, is_open in open_ends.items() if is_open]
+        raise UsageError(
+            f"{where}: does not say which {' and '.join(what for what, _ in left)} it is for",
+            hint=f"give {' and '.join(option for _, option in left)}, or --calibration SET, a "
+            "set, which says both",
+        )
 
     def fitting(
         self, where: str, input_shape: tuple[int, ...], layout: str | None = None
@@ -116,7 +126,7 @@ def read_labels(path: Path) -> tuple[str, ...]:
 def parse_labels(data: bytes, path: str) -> tuple[str, ...]:
     """As read_labels, of the bytes of a file called *path*."""
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadFile(f"{path}: expected class names as UTF-8 text, one a line") from error
     names = tuple(line.strip() for line in lines)
@@ -124,9 +134,16 @@ def parse_labels(data: bytes, path: str) -> tuple[str, ...]:
         names = names[:-1]
     if not names or not all(names):
         raise BadFile(f"{path}: expected one class name a line, found an empty one")
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise BadFile(f"{path}: {twice!r} stands there twice, expected different class names")
+    seen: set[str] = set()
+    for number, name in enumerate(names, start=1):
+        if len(name) > MAX_NAME or not is_plain(name):
+            raise BadFile(
+                f"{path}: line {number}: {name[:40]!r}, expected a class name of at most "
+                f"{MAX_NAME} characters, none of them a control character"
+            )
+        if name in seen:
+            raise BadFile(f"{path}: {name!r} stands there twice, expected different class names")
+        seen.add(name)
     return names
 
 

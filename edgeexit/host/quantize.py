@@ -294,8 +294,6 @@ def _score(
 ) -> tuple[float, float]:
     # Mean over the exits of: equal answers, and squared error over the logits' own variance.
     agree = [agreement(wanted[name], found[name]) for name in wanted]
-    error = [
-        float(np.square(wanted[name] - found[name]).mean() / max(wanted[name].var(), 1e-12))
-        for name in wanted
-    ]
+    pairs = [(wanted[name].astype(np.float64), found[name]) for name in wanted]
+    error = [float(np.square(a - b).mean() / max(a.var(), 1e-12)) for a, b in pairs]
     return float(np.mean(agree)), float(np.mean(error))

@@ -126,7 +126,9 @@ def _exits(model: Model, wanted: tuple[str, ...]) -> dict[str, int]:
         known.setdefault(FINAL, model.outputs[0])
     for name in wanted:
         if name not in known:
-            raise unknown(name, known, "output or inner tensor")
+            short = [other for other in known if ";" not in other]  # joined ones tell nothing more
+            error = unknown(name, short, "output or inner tensor")
+            raise UsageError(f"{model.where}: {error}", hint=error.hint or "--exits names them")
         if wanted.count(name) > 1:
             raise UsageError(f"--exits: {name!r} stands there twice")
     return {name: known[name] for name in wanted}
