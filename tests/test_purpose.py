@@ -1,11 +1,12 @@
 """What a file of labels may say, and what is asked for where nothing says what a network is for."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from edgeexit.errors import BadFile, UsageError
-from edgeexit.host.purpose import MAX_NAME, Purpose, parse_labels
+from edgeexit.host.purpose import MAX_NAME, Purpose, parse_labels, read_preprocess
 from edgeexit.preprocess import Preprocess
 
 ROW = Preprocess(kind="array", layout="as-is")
@@ -61,3 +62,20 @@ def test_a_set_that_was_mistyped_is_what_is_told() -> None:
     with pytest.raises(UsageError, match="'fashion-mnits'") as refusal:
         Purpose.said("net", "fashion-mnits", None, None)
     assert refusal.value.hint == "did you mean 'fashion-mnist'?"
+
+
+@pytest.mark.parametrize("head", ["", "[preprocess]\n", 'name = "a set"\n[preprocess]\n'])
+def test_a_set_s_own_file_may_say_the_preprocessing(head: str, tmp_path: Path) -> None:
+    rows = [f"{key} = {json.dumps(value)}\n" for key, value in ROW.to_document().items()]
+    (tmp_path / "p.toml").write_text(head + "".join(rows))
+    assert read_preprocess(tmp_path / "p.toml") == ROW
+
+
+@pytest.mark.parametrize(
+    "text", ["", "preprocess = 3", '[preprocess]\nkind = "image"', 'knid = "array"']
+)
+def test_wrong_keys_of_a_preprocessing_are_refused_with_a_hint(text: str, tmp_path: Path) -> None:
+    (tmp_path / "p.toml").write_text(text)
+    with pytest.raises(BadFile, match=r"p\.toml") as refusal:
+        read_preprocess(tmp_path / "p.toml")
+    assert refusal.value.hint

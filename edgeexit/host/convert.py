@@ -95,7 +95,7 @@ def convert(
     step("load", 0.0)
     opened = open_model(model_path, asked)
     scheme = _scheme(opened, scheme, model_path)
-    source = _source(opened, calibration)
+    source = _source(opened, calibration, model_path)
     ranges = _find_ranges(opened, source)
     reals = RealSamples(ranges.samples.samples, opened.preprocess)
     step("load", 1.0)
@@ -243,11 +243,12 @@ def _scheme(opened: Opened, asked: str | None, path: Path) -> str:
     return opened.scheme
 
 
-def _source(opened: Opened, calibration: Path | str | None) -> str:
+def _source(opened: Opened, calibration: Path | str | None, path: Path) -> str:
     source = opened.calibration_set if calibration is None else str(calibration)
     if source is None:
         raise UsageError(
-            "the model file names no calibration set",
+            f"{path}: names no calibration set, whose samples make activation ranges and the "
+            "self-test",
             hint="say --calibration NAME, a folder of pictures, or FILE.npz; "
             "edgeexit calibration make builds a set",
         )

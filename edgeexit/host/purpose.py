@@ -148,5 +148,11 @@ def parse_labels(data: bytes, path: str) -> tuple[str, ...]:
 
 
 def read_preprocess(path: Path) -> Preprocess:
-    """The preprocessing in a TOML file (the keys of a set's [preprocess]). BadFile if not."""
-    return Preprocess.from_table(read_toml(path))
+    """The preprocessing in a TOML file: the keys of a set's [preprocess], or that table itself."""
+    table = read_toml(path)
+    try:
+        inside = table.table("preprocess") if "preprocess" in table else table
+        return Preprocess.from_table(inside)
+    except BadFile as error:
+        hint = error.hint or "docs/formats.md, Preprocessing, says which keys there are"
+        raise BadFile(str(error), hint=hint) from error
