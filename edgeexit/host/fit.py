@@ -9,7 +9,7 @@ an uninterrupted one does.
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,7 +237,8 @@ class Fit:
 
     def _outputs(self, inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Logits of every exit in float32, computed in the precision of the part."""
-        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
+        short = None if self._dtype is None else torch.autocast(self.device.type, self._dtype)
+        with short or nullcontext():
             outputs = exit_outputs(self.model, inputs)
         return {name: logits.float() for name, logits in outputs.items()}
 
