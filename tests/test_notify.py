@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from test_runtime import make_bundle
 
@@ -140,7 +142,14 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # As systemd does with what a service leaves: a stopped child cannot see its parent go.
+        left: list[psutil.Process] = []
+        with suppress(psutil.Error):
+            left = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
+        for child in left:
+            with suppress(psutil.Error):
+                child.kill()
         assert self.process.stdout is not None
         self.process.stdout.close()
         self.process.wait()

@@ -435,7 +435,9 @@ def test_a_real_process_that_is_stopped_is_noticed(tmp_path: Path) -> None:
     is_timing, is_over = threading.Event(), threading.Event()
 
     def stop_and_go() -> None:
-        while is_timing.wait() and not is_over.wait(0.03):  # amid the block that comes next
+        while not is_over.is_set():
+            if not is_timing.wait(0.1) or is_over.wait(0.03):  # amid the block that comes next
+                continue
             is_timing.clear()
             for child in psutil.Process().children():
                 with suppress(psutil.Error):
