@@ -36,7 +36,7 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 MAX_SIDE = 4096
-SMALLEST = 1e-9
+SMALLEST = 1e-9  # that float32 still divides by without going beyond its range
 IMAGE_KEYS = ("kind", "size", "resize", "filter", "color", "scale", "mean", "std", "layout")
 ARRAY_KEYS = ("kind", "scale", "mean", "std", "layout")
 
@@ -84,13 +84,14 @@ class Preprocess:
                 raise UsageError(f"{key}: expected finite numbers, found {list(values)}")
         if min(self.std) <= 0:
             raise UsageError(f"std: expected positive numbers, found {list(self.std)}")
-        for key, values in (("scale", (self.scale,)), ("mean", self.mean), ("std", self.std)):
-            beyond = [v for v in values if v and not SMALLEST <= abs(v) <= 1 / SMALLEST]
-            if beyond:
+        most = 1 / SMALLEST
+        for key, values in (("scale", (self.scale,)), ("std", self.std)):
+            if not SMALLEST <= min(values) <= max(values) <= most:
                 raise UsageError(
-                    f"{key}: expected numbers of {SMALLEST:g} to {1 / SMALLEST:g}, which float32 "
-                    f"can divide by, found {beyond[0]!r}"
+                    f"{key}: expected numbers of {SMALLEST:g} to {most:g}, found {list(values)}"
                 )
+        if max(map(abs, self.mean)) > most:
+            raise UsageError(f"mean: expected numbers up to {most:g}, found {list(self.mean)}")
 
     def _check_image(self) -> None:
         if self.size is None or not all(1 <= side <= MAX_SIDE for side in self.size):
