@@ -65,7 +65,7 @@ def test_a_part_written_out_is_the_same_part(values: dict[str, Any]) -> None:
     document = json.loads(json.dumps(part.to_document()))
     assert training_part(Table(document, "r")) == part
     # What came with a later version leaves the digests of earlier recipes as they were.
-    for key in ("schedule", "drops"):
+    for key in ("schedule", "drops", "precision"):
         assert (key in document) == (getattr(part, key) != getattr(TrainingPart(**REQUIRED), key))
 
 
@@ -78,7 +78,7 @@ def test_drops_ascend_within_the_training(drops: list[Any]) -> None:
 @settings(max_examples=25, deadline=None)
 @given(key=st.sampled_from(sorted(VALUES)), value=st.sampled_from([None, {}, "1e400", -3, 1e12]))
 def test_nonsense_is_refused_at_its_place(key: str, value: Any) -> None:
-    if key in ("regime", "schedule", "head_init") and isinstance(value, str):
+    if key in ("regime", "schedule", "head_init", "precision") and isinstance(value, str):
         return  # names are looked up where they are used
     with pytest.raises(BadFile, match=rf"r\.toml: training\.{key}: "):
         training_part(Table({**REQUIRED, key: value}, "r.toml: training"))
