@@ -72,8 +72,6 @@ class Preprocess:
             self._check_image()
         elif self.size is not None:
             raise UsageError("size: is for images, found one for arrays")
-        if not (math.isfinite(self.scale) and self.scale > 0):
-            raise UsageError(f"scale: expected a positive number, found {self.scale!r}")
         longest = max(len(self.mean), len(self.std))
         lengths = {1, longest if self.kind == "array" else self.channels}
         for key, values in (("mean", self.mean), ("std", self.std)):
@@ -82,8 +80,6 @@ class Preprocess:
                 raise UsageError(f"{key}: expected {wanted} numbers, found {len(values)}")
             if not all(map(math.isfinite, values)):
                 raise UsageError(f"{key}: expected finite numbers, found {list(values)}")
-        if min(self.std) <= 0:
-            raise UsageError(f"std: expected positive numbers, found {list(self.std)}")
         most = 1 / SMALLEST
         for key, values in (("scale", (self.scale,)), ("std", self.std)):
             if not SMALLEST <= min(values) <= max(values) <= most:

@@ -748,9 +748,10 @@ def test_an_interrupted_pruning_goes_on_to_the_same_bytes(
 # ---------------------------------------------------------------- to a board
 
 
-@pytest.mark.parametrize("name", ["everything", "gormez-all"])
+# Where seven of eight weights are gone, torch itself is often undecided.
+@pytest.mark.parametrize(("name", "least"), [("everything", 0.9), ("gormez-all", 0.85)])
 def test_what_was_pruned_becomes_a_bundle_that_agrees_with_the_uncut_model(
-    name: str, runs: Runs, samples: Path, tmp_path: Path
+    name: str, least: float, runs: Runs, samples: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("litert_torch")
     from edgeexit.host.convert import convert
@@ -758,7 +759,9 @@ def test_what_was_pruned_becomes_a_bundle_that_agrees_with_the_uncut_model(
     ran = runs(name)
     # It compares the chain of segments with the uncut int8 model, byte by byte, and refuses.
     bundle = convert(ran.result.path, tmp_path / "net.edgeexit", samples)
-    assert agrees(bundle, ran.model, samples) > 0.95
+    everywhere, sure = agreements(bundle, ran.model, samples)
+    assert everywhere > least
+    assert sure > 0.95
 
 
 def test_attached_exits_stay_through_pruning_to_the_bundle(samples: Path, tmp_path: Path) -> None:
@@ -783,14 +786,16 @@ def test_attached_exits_stay_through_pruning_to_the_bundle(samples: Path, tmp_pa
     again = load_checkpoint(tmp_path / "out.pt")
     assert len(again.exits) == 2
     bundle = convert(tmp_path / "out.pt", tmp_path / "net.edgeexit", samples)
-    assert agrees(bundle, again.model, samples) > 0.95
+    everywhere, sure = agreements(bundle, again.model, samples)
+    assert everywhere > 0.9
+    assert sure > 0.95
 
 
-def agrees(bundle: Any, model: nn.Module, samples: Path) -> float:
+def agreements(bundle: Any, model: nn.Module, samples: Path) -> tuple[float, float]:
     """
     How often the runner's answers are torch's, over exits and held-out samples.
 
-    Of each exit the surer half: what it is at a loss about, rounding decides.
+    Over all of them, and over those half of each exit's of which torch is surer.
     """
     from edgeexit.runtime import Runner
 
@@ -802,7 +807,8 @@ def agrees(bundle: Any, model: nn.Module, samples: Path) -> float:
     is_sure = most - least >= np.median(most - least, axis=1, keepdims=True)
     with Runner(bundle, policy=None) as runner:
         found = np.stack([runner.logits(one) for one in material.data.samples[chosen]], 1)
-    return float((found.argmax(2) == logits.argmax(2))[is_sure].mean())
+    is_same = found.argmax(2) == logits.argmax(2)
+    return float(is_same.mean()), float(is_same[is_sure].mean())
 
 
 # ---------------------------------------------------------------- what the table says
