@@ -61,7 +61,27 @@ def activated(graph: FloatGraph) -> str:
 def idle(graph: FloatGraph) -> str:
     shape = graph.constant("shape", np.array([1, 4, 8]))
     graph.add("RESHAPE", ["input", shape], "same", (1, 4, 8), newShape=[1, 4, 8])
-    return graph.add("EXP", ["same"], "grown", (1, 4, 8))
+    graph.add("MUL", [graph.constant("ones", np.ones(8)), "same"], "once", (1, 4, 8))
+    graph.add("ADD", ["once", graph.constant("zeros", np.zeros(8))], "as much", (1, 4, 8))
+    return graph.add("EXP", ["as much"], "grown", (1, 4, 8))
+
+
+def divided(graph: FloatGraph, starts: tuple[int, ...] = (0, 2), bias: bool = True) -> str:
+    """A product of six channels, the ones from each of *starts* on cut out of it and multiplied."""
+    weights = graph.constant("w", RNG.normal(size=(6, 8)))
+    added = graph.constant("b", RNG.normal(size=6)) if bias else ""
+    graph.add("FULLY_CONNECTED", ["input", weights, added], "all", (1, 4, 6), keepNumDims=True)
+    ends = [*starts[1:], 6]
+    for start, end in zip(starts, ends, strict=True):
+        begin = graph.constant(f"begin {start}", np.array([0, 0, start]))
+        size = graph.constant(f"size {start}", np.array([1, 4, end - start]))
+        graph.add("SLICE", ["all", begin, size], f"part {start}", (1, 4, end - start))
+    sums = []
+    for start in starts:
+        axes = graph.constant(f"axes {start}", np.array([2]))
+        graph.add("MEAN", [f"part {start}", axes], f"mean {start}", (1, 4))
+        sums.append(f"mean {start}")
+    return graph.add("ADD", sums, "sum", (1, 4)) if len(sums) == 2 else sums[0]
 
 
 CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
@@ -74,7 +94,20 @@ CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
     "value over a root": (quotient, ["EXP", "RSQRT", "MUL"]),
     "mean that keeps its axes": (pooled, ["MEAN"]),
     "activation of a moved product": (activated, ["FULLY_CONNECTED", "TRANSPOSE", "RESHAPE"]),
-    "reshaped to what it is": (idle, ["EXP"]),
+    "what changes nothing": (idle, ["EXP"]),
+    "product in parts": (divided, ["FULLY_CONNECTED"] * 2 + ["MEAN"] * 2 + ["ADD"]),
+    "its parts without a bias": (
+        lambda g: divided(g, bias=False),
+        ["FULLY_CONNECTED"] * 2 + ["MEAN"] * 2 + ["ADD"],
+    ),
+    "a part of a product": (
+        lambda g: divided(g, (1,)),
+        ["FULLY_CONNECTED", "SLICE", "MEAN"],
+    ),
+    "parts that leave some out": (
+        lambda g: divided(g, (1, 4)),
+        ["FULLY_CONNECTED", "SLICE", "SLICE", "MEAN", "MEAN", "ADD"],
+    ),
 }
 
 

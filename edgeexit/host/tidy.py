@@ -78,6 +78,19 @@ class _Graph:
         operator = self.operators[place]
         return operator if operator.kind in kinds else None
 
+    def channels(self, reader: Operator) -> range:
+        """Which channels of its input a SLICE takes for all places; none for any other operator."""
+        if reader.kind != "SLICE":
+            return range(0)
+        (output,), (x, begin, _) = reader.outputs, reader.inputs
+        starts, shape, whole = self.tensors[begin], self.shape(output), self.shape(x)
+        if starts.constant is None or starts.dtype != "int32" or starts.shape != (len(whole),):
+            return range(0)
+        if not whole or shape[:-1] != whole[:-1]:
+            return range(0)
+        first = int(starts.constant.view(np.int32)[-1])
+        return range(first, first + shape[-1])
+
     def constant(self, like: int, values: "np.ndarray[Any, Any]") -> int:
         from ai_edge_litert import schema_py_generated as schema
 
@@ -264,18 +277,50 @@ def _activation(graph: _Graph, place: int) -> bool:
     return graph.exchange(last, last.kind, last.inputs, output, last.packed.builtinOptions)
 
 
-def _same_shape(graph: _Graph, place: int) -> bool:
-    """RESHAPE to the shape that there is -> nothing, where nobody else reads the original."""
+def _divided(graph: _Graph, place: int) -> bool:
+    """FULLY_CONNECTED whose channels SLICEs share out -> for each of them one of its own."""
     operator = graph.operators[place]
+    if operator.kind != "FULLY_CONNECTED":
+        return False
+    (whole,), (x, w, *rest) = operator.outputs, operator.inputs
+    weights, bias = graph.values(w), graph.values(rest[0]) if rest else None
+    if whole in graph.kept or weights is None or (rest and rest[0] >= 0 and bias is None):
+        return False
+    readers = [other for other in graph.operators if whole in other.inputs]
+    parts = [graph.channels(reader) for reader in readers]
+    rows = sorted(row for part in parts for row in part)
+    if len(parts) < 2 or rows != list(range(len(weights))):
+        return False
+    for reader, part in zip(readers, parts, strict=True):
+        own = slice(part.start, part.stop)
+        added = -1 if bias is None else graph.constant(rest[0], bias[own])
+        inputs = (x, graph.constant(w, weights[own]), added)
+        (output,) = reader.outputs
+        graph.exchange(reader, "FULLY_CONNECTED", inputs, output, operator.packed.builtinOptions)
+    return True
+
+
+def _idle(graph: _Graph, place: int) -> bool:
+    """RESHAPE to the shape that there is, ADD of zeros, MUL by ones -> nothing."""
+    operator = graph.operators[place]
+    (output, *_), options = operator.outputs, operator.packed.builtinOptions
+    changes = {"RESHAPE": None, "ADD": 0, "MUL": 1}
+    if operator.kind not in changes or output in graph.kept:
+        return False
+    if getattr(options, "fusedActivationFunction", 0):
+        return False
+    x = operator.inputs[0]
     if operator.kind != "RESHAPE":
+        x, other = sorted(operator.inputs, key=lambda t: graph.values(t) is not None)
+        values = graph.values(other)
+        if values is None or not (values == changes[operator.kind]).all():
+            return False
+    if graph.shape(x) != graph.shape(output):
         return False
-    x, (output,) = operator.inputs[0], operator.outputs
-    if graph.shape(x) != graph.shape(output) or output in graph.kept:
-        return False
-    for k, other in enumerate(graph.operators):
-        if output in other.inputs:
-            inputs = tuple(x if t == output else t for t in other.inputs)
-            graph.operators[k] = replace(other, inputs=inputs)
+    for k, reader in enumerate(graph.operators):
+        if output in reader.inputs:
+            inputs = tuple(x if t == output else t for t in reader.inputs)
+            graph.operators[k] = replace(reader, inputs=inputs)
     graph._drop_unread()
     return True
 
@@ -288,5 +333,6 @@ RULES: tuple[Callable[[_Graph, int], bool], ...] = (
     _root,
     _pooled,
     _activation,
-    _same_shape,
+    _divided,
+    _idle,
 )
