@@ -83,6 +83,8 @@ _OPTIONAL_FROM = {
     "CUSTOM": 0,
 }
 
+_AGAIN = "copy or export the file again"
+
 # What the object API has been seen to raise on garbage.
 _GARBAGE = (
     struct.error,
@@ -256,13 +258,17 @@ def read_model(data: bytes, where: str = "model.tflite") -> Model:
     if len(data) > MAX_FILE_BYTES:
         raise Unsupported(f"{where}: {len(data)} bytes, expected at most {MAX_FILE_BYTES}")
     if data[4:8] != IDENTIFIER:
-        raise BadFile(f"{where}: not a .tflite file (no {IDENTIFIER.decode()} at its start)")
+        raise BadFile(
+            f"{where}: not a .tflite file (no {IDENTIFIER.decode()} at its start)", hint=_AGAIN
+        )
     try:
         return _Reader(data, where).model()
     except EdgeExitError:
         raise
     except _GARBAGE as error:
-        raise BadFile(f"{where}: damaged .tflite: {type(error).__name__}: {error}") from error
+        raise BadFile(
+            f"{where}: damaged .tflite: {type(error).__name__}: {error}", hint=_AGAIN
+        ) from error
 
 
 class _Reader:
@@ -280,7 +286,7 @@ class _Reader:
         self.room = len(data)
 
     def bad(self, fact: str) -> BadFile:
-        return BadFile(f"{self.where}: damaged .tflite: {fact}")
+        return BadFile(f"{self.where}: damaged .tflite: {fact}", hint=_AGAIN)
 
     def spend(self, count: int, what: str) -> int:
         self.budget -= count

@@ -170,6 +170,8 @@ NETS: dict[str, Callable[[], onnx.ModelProto]] = {
     "softmax": lambda: _ends("Softmax", "shares", axis=1),
     "odd_names": _odd_names,
     "old": lambda: net(opset=9, ir=3),
+    "newer": lambda: net(ir=99),
+    "newer_operators": lambda: net(opset=99),
     "any_height": lambda: net(shape=(1, 3, "height", SIZE)),
     "eight": lambda: net(shape=(8, 3, SIZE, SIZE)),
     "two_inputs": _two_inputs,

@@ -230,6 +230,8 @@ REFUSED = {
     "not_a_number": (3, "tensor 'first_w' holds NaN"),
     "odd_operator": (4, "DET"),
     "own_operator": (4, "operator Acme is of the domain 'com.acme'"),
+    "newer": (4, "written in version 99 of ONNX's format, expected "),
+    "newer_operators": (4, "its operators are of opset 99, expected "),
     "cyclic": (3, "damaged ONNX file"),
     "branch": (4, "operator If (control flow) cannot be cut"),
     "number": (4, "output 'class' gives int64, expected float logits"),

@@ -125,6 +125,19 @@ def _parse(data: bytes, where: str) -> Any:
         ) from error
     if not (model.ir_version and model.opset_import and model.graph.node):
         raise BadFile(f"{where}: no ONNX file, or one without a graph, expected a network")
+    if model.ir_version > onnx.IR_VERSION:
+        raise Unsupported(
+            f"{where}: written in version {model.ir_version} of ONNX's format, "
+            f"expected {onnx.IR_VERSION} or older",
+            hint=f"export it with onnx {onnx.__version__} or older",
+        )
+    newest = onnx.defs.onnx_opset_version()
+    for own in model.opset_import:
+        if own.domain in OWN_DOMAINS and own.version > newest:
+            raise Unsupported(
+                f"{where}: its operators are of opset {own.version}, expected {newest} or older",
+                hint="export it with opset 17 or 20",
+            )
     if model.functions:
         from onnx.inliner import inline_local_functions
 
