@@ -14,6 +14,7 @@ from edgeexit.host import answers, lower, zoo  # noqa: E402
 from edgeexit.host.ends import as_given  # noqa: E402
 from edgeexit.host.model import attach  # noqa: E402
 from edgeexit.host.torch_answers import torch_logits  # noqa: E402
+from edgeexit.preprocess import Preprocess  # noqa: E402
 from tests import host_nets  # noqa: E402
 
 
@@ -120,6 +121,84 @@ def test_maps_stay_channels_last_and_pooling_costs_no_transposition(lowered) -> 
 
     assert model.tensors[model.inputs[0]].shape == (1, 12, 12, 1)
     assert not {op.kind for op in model.operators} & {"TRANSPOSE", "RESHAPE"}
+
+
+class Ears(torch.nn.Module):
+    """Convolutions along one axis, one of them for each channel apart, with two exits."""
+
+    exit_names = ("early", "final")
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.stem = nn.Sequential(nn.Conv1d(6, 12, 5, 2, 2), nn.BatchNorm1d(12), nn.ReLU())
+        apart = nn.Conv1d(12, 12, 3, 1, 1, groups=12, bias=False)
+        mixed = nn.Conv1d(12, 16, 1, bias=False)
+        self.rest = nn.Sequential(
+            *(apart, nn.BatchNorm1d(12), nn.ReLU6()), *(mixed, nn.BatchNorm1d(16), nn.ReLU())
+        )
+        self.heads = nn.ModuleList([nn.Linear(12, 4), nn.Linear(16, 4)])
+
+    def forward(self, x):
+        early = self.stem(x)
+        maps = (early, self.rest(early))
+        return [head(m.mean(-1)) for head, m in zip(self.heads, maps, strict=True)]
+
+
+class Words(torch.nn.Module):
+    """Norms over the last axis and over two, with and without weights of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.norms = nn.ModuleList(
+            [
+                nn.LayerNorm(16),
+                nn.LayerNorm(16, elementwise_affine=False),
+                nn.LayerNorm((6, 16), eps=1e-3),
+                nn.LayerNorm(16, bias=False),
+            ]
+        )
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = x + torch.nn.functional.gelu(norm(x))
+        return self.head(x.mean(1))
+
+
+def answered_alike(model, reals, shape: tuple[int, ...]) -> list[str]:
+    """The operators of the lowered *model*, which answers as it does in torch."""
+    torch.manual_seed(1)
+    for weight in model.parameters():  # norms start with ones and zeros, which vanish
+        weight.data += 0.2 * torch.randn_like(weight)
+    model = host_nets.settled(model, reals)
+
+    found = lower.from_torch(model, shape, reals.preprocess)
+
+    expected = torch_logits(model, reals)
+    answers.check_parity(expected, answers.tflite_logits(found.data, found.exits, reals), reals)
+    return [operator.kind for operator in tflite.read_model(found.data).operators]
+
+
+def series(*shape: int) -> answers.RealSamples:
+    values = np.random.default_rng(0).normal(size=(60, *shape)).astype(np.float32)
+    return answers.RealSamples(values, Preprocess(kind="array", layout="as-is"))
+
+
+def test_convolutions_along_one_axis_take_in_their_norms_and_stay_channels_last() -> None:
+    kinds = answered_alike(Ears(), series(6, 32), (1, 6, 32))
+
+    assert not {"MUL", "ADD", "RELU", "RELU6"} & set(kinds)
+    assert kinds.count("TRANSPOSE") == 1  # the input's own
+    assert kinds.count("RESHAPE") == 1
+
+
+def test_layer_norms_keep_their_axes() -> None:
+    kinds = answered_alike(Words(), series(6, 16), (1, 6, 16))
+
+    assert kinds.count("MEAN") == 4 * 2 + 1
+    assert "SQUARED_DIFFERENCE" not in kinds
 
 
 def test_names_are_short_unique_and_free_of_class_paths(lowered) -> None:

@@ -84,6 +84,38 @@ def divided(graph: FloatGraph, starts: tuple[int, ...] = (0, 2), bias: bool = Tr
     return graph.add("ADD", sums, "sum", (1, 4)) if len(sums) == 2 else sums[0]
 
 
+def scaled(graph: FloatGraph, axes: tuple[int, ...] = (6, 1)) -> str:
+    """A product, its axes turned, times one constant and plus another, one for each channel."""
+    matmul(graph)
+    turn = graph.constant("turn", np.array([0, 2, 1]))
+    graph.add("TRANSPOSE", ["product", turn], "turned", (1, 6, 4))
+    graph.add("MUL", [graph.constant("m", RNG.normal(size=axes)), "turned"], "more", (1, 6, 4))
+    graph.constant("a", RNG.normal(size=(1, *axes)))
+    graph.add("ADD", ["more", "a"], "sum", (1, 6, 4), fusedActivationFunction=1)
+    return graph.add("EXP", ["sum"], "grown", (1, 6, 4))
+
+
+def there_and_back(graph: FloatGraph, order: tuple[int, ...] = (0, 2, 1)) -> str:
+    graph.add("EXP", ["input"], "grown", (1, 4, 8))
+    turn = graph.constant("turn", np.array([0, 2, 1]))
+    graph.add("TRANSPOSE", ["grown", turn], "turned", (1, 8, 4))
+    shape = graph.constant("shape", np.array([1, 8, 1, 4]))
+    graph.add("RESHAPE", ["turned", shape], "wide", (1, 8, 1, 4), newShape=[1, 8, 1, 4])
+    shape = graph.constant("other", np.array([1, 8, 4]))
+    graph.add("RESHAPE", ["wide", shape], "again", (1, 8, 4), newShape=[1, 8, 4])
+    back, lengths = graph.constant("back", np.array(order)), (1, 8, 4)
+    graph.add("TRANSPOSE", ["again", back], "as before", tuple(lengths[k] for k in order))
+    return graph.add("EXP", ["as before"], "end", tuple(lengths[k] for k in order))
+
+
+def averaged(graph: FloatGraph, axis: int) -> str:
+    graph.add("EXP", ["input"], "grown", (1, 4, 8))
+    turn = graph.constant("turn", np.array([0, 2, 1]))
+    graph.add("TRANSPOSE", ["grown", turn], "turned", (1, 8, 4))
+    axes = graph.constant("axes", np.array([axis]))
+    return graph.add("MEAN", ["turned", axes], "mean", (1, 8 if axis == 2 else 4))
+
+
 CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
     "constant product": (matmul, ["FULLY_CONNECTED"]),
     "its weights turned": (lambda g: matmul(g, turned=True), ["FULLY_CONNECTED"]),
@@ -95,6 +127,21 @@ CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
     "mean that keeps its axes": (pooled, ["MEAN"]),
     "activation of a moved product": (activated, ["FULLY_CONNECTED", "TRANSPOSE", "RESHAPE"]),
     "what changes nothing": (idle, ["EXP"]),
+    "a number for each channel of a moved product": (
+        scaled,
+        ["FULLY_CONNECTED", "TRANSPOSE", "EXP"],
+    ),
+    "a number for each place of it": (
+        lambda g: scaled(g, (1, 4)),
+        ["FULLY_CONNECTED", "TRANSPOSE", "MUL", "ADD", "EXP"],
+    ),
+    "moved there and back": (there_and_back, ["EXP", "EXP"]),
+    "moved elsewhere": (
+        lambda g: there_and_back(g, (1, 0, 2)),
+        ["EXP", "TRANSPOSE", "TRANSPOSE", "EXP"],
+    ),
+    "mean of the channels, moved": (lambda g: averaged(g, 2), ["EXP", "MEAN"]),
+    "mean over the channels, moved": (lambda g: averaged(g, 1), ["EXP", "TRANSPOSE", "MEAN"]),
     "product in parts": (divided, ["FULLY_CONNECTED"] * 2 + ["MEAN"] * 2 + ["ADD"]),
     "its parts without a bias": (
         lambda g: divided(g, bias=False),

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from edgeexit.errors import BadFile, Unsupported
-from edgeexit.host.lowered import Lowered, named, signature_outputs
+from edgeexit.host.lowered import WHERE, Lowered, named, signature_outputs
 from edgeexit.host.model import exit_answers
 from edgeexit.host.quiet import quietly
+from edgeexit.host.tidy import tidy
 from edgeexit.preprocess import Preprocess
 
 _POOLS = frozenset(
@@ -68,7 +69,7 @@ def from_torch(model: nn.Module, input_shape: tuple[int, ...], preprocess: Prepr
     with _plain_layout(model):
         data = _convert(_trace(_Keyed(model), input_shape), input_shape, channels_last)
     bound = signature_outputs(data)
-    return named(data, {name: bound[f"exit_{k}"] for k, name in enumerate(names)})
+    return named(*tidy(data, {name: bound[f"exit_{k}"] for k, name in enumerate(names)}, WHERE))
 
 
 @contextmanager
@@ -146,6 +147,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> nn.Module:
         ) from error
     _keep_pooled_axes(program.graph)
     _pad_with_numbers(program.graph)
+    _spell_out_norms(program.graph)
     program.graph_module.recompile()
     traced: nn.Module = program.module(check_guards=False)
     return traced
@@ -197,6 +199,31 @@ def _pad_with_numbers(graph: torch.fx.Graph) -> None:
         with graph.inserting_before(node):
             padded = graph.call_function(torch.ops.aten.pad.default, (value, amounts, *mode))
         node.args = (padded, list(windows), list(steps))
+
+
+def _spell_out_norms(graph: torch.fx.Graph) -> None:
+    # The converter's own form of a layer norm has a dozen operators with reshapes between them.
+    # (x - mean) / sqrt(mean((x - mean)^2) + eps) keeps all axes and is the quicker one in int8.
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target != aten.layer_norm.default:
+            continue
+        value, shape, weight, bias, eps = (*node.args, None, None, 1e-5)[:5]
+        axes = list(range(-len(shape), 0))
+        with graph.inserting_before(node):
+            mean = graph.call_function(aten.mean.dim, (value, axes, True))
+            centred = graph.call_function(aten.sub.Tensor, (value, mean))
+            square = graph.call_function(aten.mul.Tensor, (centred, centred))
+            variance = graph.call_function(aten.mean.dim, (square, axes, True))
+            added = graph.call_function(aten.add.Tensor, (variance, eps))
+            scale = graph.call_function(aten.rsqrt.default, (added,))
+            found = graph.call_function(aten.mul.Tensor, (centred, scale))
+            if weight is not None:
+                found = graph.call_function(aten.mul.Tensor, (found, weight))
+            if bias is not None:
+                found = graph.call_function(aten.add.Tensor, (found, bias))
+        node.replace_all_uses_with(found)
+        graph.erase_node(node)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -1,11 +1,12 @@
 """
-Rewrite what onnx2tf makes into the operators that quantize well and run fast: same answers.
+Rewrite what converters make into the operators that quantize well and run fast: same answers.
 
 Callers see tidy. Surprising, each found by measuring: a BATCH_MATMUL with constant weights gets
 its int8 scales along the wrong axis and answers nonsense; 1 / SQRT(v) divides by an int8 zero and
 stops the runtime; an activation behind a transposition is not taken over by XNNPACK in int8.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -24,8 +25,14 @@ def tidy(data: bytes, exits: Mapping[str, int], where: str) -> tuple[bytes, dict
     Operators and tensors that nothing needs any more go. BadFile for a damaged file.
     """
     graph = _Graph(tflite.read_model(data, where), set(exits.values()))
-    while any(rule(graph, place) for place in range(len(graph.operators)) for rule in RULES):
-        pass
+    is_done = False
+    while not is_done:
+        is_done, place = True, 0
+        while place < len(graph.operators):
+            if any(rule(graph, place) for rule in RULES):
+                is_done = False
+            else:
+                place += 1
     model = graph.model()
     written = tflite.write_model(
         model,
@@ -78,6 +85,11 @@ class _Graph:
         operator = self.operators[place]
         return operator if operator.kind in kinds else None
 
+    def constant_last(self, operator: Operator) -> tuple[int, int]:
+        """The two inputs of *operator*, one that is constant behind one that is not."""
+        x, other = sorted(operator.inputs, key=lambda tensor: self.values(tensor) is not None)
+        return x, other
+
     def channels(self, reader: Operator) -> range:
         """Which channels of its input a SLICE takes for all places; none for any other operator."""
         if reader.kind != "SLICE":
@@ -91,19 +103,83 @@ class _Graph:
         first = int(starts.constant.view(np.int32)[-1])
         return range(first, first + shape[-1])
 
+    def moves(self, tensor: int, *, is_shared: bool) -> tuple[int, list[Operator]]:
+        """
+        The tensor that *tensor* is another order or shape of, and what moves it, last first.
+
+        Unless *is_shared*, nobody else may read what lies between, nor may it be an exit.
+        """
+        found: list[Operator] = []
+        while True:
+            place = self.maker.get(tensor)
+            mover = None if place is None else self.operators[place]
+            if mover is None or mover.kind not in ("TRANSPOSE", "RESHAPE"):
+                return tensor, found
+            if mover.kind == "TRANSPOSE" and not self.is_told(mover.inputs[1]):
+                return tensor, found
+            if not is_shared and (tensor in self.kept or self.users[tensor] != 1):
+                return tensor, found
+            found.append(mover)
+            tensor = mover.inputs[0]
+
+    def is_told(self, tensor: int) -> bool:
+        """Whether *tensor* is a constant of int32: axes, an order, a shape."""
+        found = self.tensors[tensor]
+        return found.constant is not None and found.dtype == "int32"
+
+    def moved(self, values: "np.ndarray[Any, Any]", moves: list[Operator]) -> Any:
+        """*values* of the tensor in front of *moves* (last first) as they are behind them."""
+        for mover in reversed(moves):
+            if mover.kind == "TRANSPOSE":
+                order = self.tensors[mover.inputs[1]].constant
+                assert order is not None
+                values = values.transpose(order.view(np.int32))
+            else:
+                values = values.reshape(self.shape(mover.outputs[0]))
+        return values
+
+    def leave_out(self, operator: Operator, instead: int) -> bool:
+        """Let the readers of *operator* read the tensor *instead*."""
+        (output,) = operator.outputs
+        for k, reader in enumerate(self.operators):
+            if output in reader.inputs:
+                inputs = tuple(instead if t == output else t for t in reader.inputs)
+                self.operators[k] = replace(reader, inputs=inputs)
+        self._drop_unread()
+        return True
+
+    def remake(
+        self,
+        made: Operator,
+        inputs: tuple[int, ...],
+        moves: list[Operator],
+        output: int,
+        activation: int,
+    ) -> bool:
+        """Give *made* other *inputs* and an *activation*, and *moves* (last first) an *output*."""
+        options = type(made.packed.builtinOptions)(**vars(made.packed.builtinOptions))
+        options.fusedActivationFunction = activation
+        if not moves:
+            return self.exchange(made, made.kind, inputs, output, options)
+        self.exchange(made, made.kind, inputs, made.outputs[0], options)
+        last = moves[0]
+        return self.exchange(last, last.kind, last.inputs, output, last.packed.builtinOptions)
+
     def constant(self, like: int, values: "np.ndarray[Any, Any]") -> int:
+        """A new constant of *values*, of the dtype of the tensor *like*: float32 or int32."""
         from ai_edge_litert import schema_py_generated as schema
 
         packed = schema.TensorT(**vars(self.tensors[like].packed))
         packed.shape, packed.shapeSignature = np.array(values.shape, np.int32), None
-        stored = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8)
+        dtype = self.tensors[like].dtype
+        stored = np.ascontiguousarray(values, np.dtype(dtype)).reshape(-1).view(np.uint8)
         # Numbers below zero are no file's: buffers are told apart by them, not found.
         fresh = -1 - len(self.tensors)
         self.tensors.append(
             Tensor(
                 name="",
                 shape=values.shape,
-                dtype="float32",
+                dtype=dtype,
                 scales=(),
                 zero_points=(),
                 buffer=fresh,
@@ -192,28 +268,42 @@ def _linear(graph: _Graph, place: int) -> bool:
     )
 
 
-def _bias(graph: _Graph, place: int) -> bool:
-    """FULLY_CONNECTED without a bias, and a constant added to it -> with a bias."""
-    from ai_edge_litert import schema_py_generated as schema
-
+def _scaled(graph: _Graph, place: int) -> bool:
+    """A constant for each channel by which a product is multiplied, or added -> within it."""
     operator = graph.operators[place]
-    if operator.kind != "ADD":
+    if operator.kind not in ("ADD", "MUL"):
         return False
-    for x, b in (operator.inputs, operator.inputs[::-1]):
-        linear, bias = graph.behind(x, "FULLY_CONNECTED"), graph.values(b)
-        if linear is None or bias is None or linear.inputs[2:] not in ((), (-1,)):
-            continue
-        (output,) = operator.outputs
-        if bias.size != graph.shape(x)[-1] or bias.shape[-1:] != (bias.size,):
-            continue
-        old = linear.packed.builtinOptions
-        if old.fusedActivationFunction or graph.shape(output) != graph.shape(x):
-            continue
-        made = schema.FullyConnectedOptionsT(**vars(old))
-        made.fusedActivationFunction = operator.packed.builtinOptions.fusedActivationFunction
-        added = graph.constant(b, bias.reshape(-1))
-        return graph.exchange(linear, "FULLY_CONNECTED", (*linear.inputs[:2], added), output, made)
-    return False
+    (output,), (x, other) = operator.outputs, graph.constant_last(operator)
+    values = graph.values(other)
+    if values is None or graph.shape(x) != graph.shape(output):
+        return False
+    first, moves = graph.moves(x, is_shared=False)
+    made = graph.behind(first, *_CHANNELS)
+    if made is None or made.packed.builtinOptions.fusedActivationFunction:
+        return False
+    _, w, b, *_ = (*made.inputs, -1)
+    weights, channels = graph.values(w), graph.shape(first)[-1]
+    bias = np.zeros(channels, np.float32) if b < 0 else graph.values(b)
+    if weights is None or weights.shape[_CHANNELS[made.kind]] != channels:
+        return False
+    if bias is None or bias.shape != (channels,):
+        return False
+    # Which channel every value comes from: all of one channel must meet the same constant.
+    channel = graph.moved(np.broadcast_to(np.arange(channels), graph.shape(first)), moves)
+    values = np.broadcast_to(values, channel.shape)
+    each = np.zeros(channels, np.float32)
+    each[channel] = values
+    if not (each[channel] == values).all():
+        return False
+    if operator.kind == "MUL":
+        turned = np.moveaxis(weights, _CHANNELS[made.kind], -1)
+        w = graph.constant(w, np.moveaxis(turned * each, -1, _CHANNELS[made.kind]))
+        bias = bias * each
+    else:
+        bias = bias + each
+    inputs = (made.inputs[0], w, graph.constant(other if b < 0 else b, bias))
+    activation = operator.packed.builtinOptions.fusedActivationFunction
+    return graph.remake(made, inputs, moves, output, activation)
 
 
 def _root(graph: _Graph, place: int) -> bool:
@@ -255,26 +345,43 @@ def _pooled(graph: _Graph, place: int) -> bool:
     return graph.exchange(mean, "MEAN", mean.inputs, output, schema.ReducerOptionsT(keepDims=False))
 
 
+def _averaged(graph: _Graph, place: int) -> bool:
+    """MEAN of all there is of a channel, of a transposed or reshaped map -> of the map itself."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    operator = graph.operators[place]
+    if operator.kind != "MEAN":
+        return False
+    (x, axes), (output,) = operator.inputs, operator.outputs
+    first, moves = graph.moves(x, is_shared=True)
+    over, shape = graph.tensors[axes], graph.shape(first)
+    if not moves or over.constant is None or over.dtype != "int32" or len(shape) < 3:
+        return False
+    channels = shape[-1]
+    if graph.shape(output) != (1, channels) or shape[0] != 1:
+        return False
+    channel = graph.moved(np.broadcast_to(np.arange(channels), shape), moves)
+    gone = tuple(int(axis) for axis in over.constant.view(np.int32))
+    least, most = channel.min(axis=gone).reshape(-1), channel.max(axis=gone).reshape(-1)
+    if not (least == np.arange(channels)).all() or not (most == least).all():
+        return False
+    inner = graph.constant(axes, np.arange(1, len(shape) - 1))
+    return graph.exchange(
+        operator, "MEAN", (first, inner), output, schema.ReducerOptionsT(keepDims=False)
+    )
+
+
 def _activation(graph: _Graph, place: int) -> bool:
     """RELU behind a convolution, or behind its transposed or reshaped map -> within it."""
     operator = graph.operators[place]
     if operator.kind not in _ACTIVATIONS:
         return False
-    moved = graph.operators[place].inputs[0]
-    last = mover = graph.behind(moved, "TRANSPOSE", "RESHAPE")
-    while mover is not None:
-        moved = mover.inputs[0]
-        mover = graph.behind(moved, "TRANSPOSE", "RESHAPE")
-    made = graph.behind(moved, "CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "ADD")
+    x, moves = graph.moves(operator.inputs[0], is_shared=False)
+    made = graph.behind(x, *_CHANNELS, "ADD")
     if made is None or made.packed.builtinOptions.fusedActivationFunction:
         return False
-    options = type(made.packed.builtinOptions)(**vars(made.packed.builtinOptions))
-    options.fusedActivationFunction = _ACTIVATIONS[operator.kind]
     (output,) = operator.outputs
-    if last is None:
-        return graph.exchange(made, made.kind, made.inputs, output, options)
-    graph.exchange(made, made.kind, made.inputs, made.outputs[0], options)
-    return graph.exchange(last, last.kind, last.inputs, output, last.packed.builtinOptions)
+    return graph.remake(made, made.inputs, moves, output, _ACTIVATIONS[operator.kind])
 
 
 def _divided(graph: _Graph, place: int) -> bool:
@@ -300,39 +407,59 @@ def _divided(graph: _Graph, place: int) -> bool:
     return True
 
 
-def _idle(graph: _Graph, place: int) -> bool:
-    """RESHAPE to the shape that there is, ADD of zeros, MUL by ones -> nothing."""
+def _still(graph: _Graph, place: int) -> bool:
+    """TRANSPOSEs and RESHAPEs that undo each other -> nothing, or what is left as one RESHAPE."""
+    from ai_edge_litert import schema_py_generated as schema
+
     operator = graph.operators[place]
-    (output, *_), options = operator.outputs, operator.packed.builtinOptions
-    changes = {"RESHAPE": None, "ADD": 0, "MUL": 1}
-    if operator.kind not in changes or output in graph.kept:
+    if operator.kind not in ("TRANSPOSE", "RESHAPE"):
         return False
-    if getattr(options, "fusedActivationFunction", 0):
-        return False
-    x = operator.inputs[0]
-    if operator.kind != "RESHAPE":
-        x, other = sorted(operator.inputs, key=lambda t: graph.values(t) is not None)
-        values = graph.values(other)
-        if values is None or not (values == changes[operator.kind]).all():
-            return False
-    if graph.shape(x) != graph.shape(output):
-        return False
-    for k, reader in enumerate(graph.operators):
-        if output in reader.inputs:
-            inputs = tuple(x if t == output else t for t in reader.inputs)
-            graph.operators[k] = replace(reader, inputs=inputs)
-    graph._drop_unread()
-    return True
+    (output,) = operator.outputs
+    first, moves = graph.moves(output, is_shared=True)
+    shape = graph.shape(output)
+    while moves:
+        is_same = shape == graph.shape(first) and output not in graph.kept
+        if is_same or len(moves) > 1:
+            order = np.arange(math.prod(shape)).reshape(graph.shape(first))
+            if (graph.moved(order, moves).reshape(-1) == order.reshape(-1)).all():
+                if is_same:
+                    return graph.leave_out(operator, first)
+                told = [mover.inputs[1] for mover in moves if len(mover.inputs) > 1][:1]
+                lengths = [graph.constant(like, np.array(shape)) for like in told]
+                options = schema.ReshapeOptionsT(newShape=list(shape))
+                return graph.exchange(operator, "RESHAPE", (first, *lengths), output, options)
+        first = moves.pop().outputs[0]
+    return False
 
 
+def _idle(graph: _Graph, place: int) -> bool:
+    """ADD of zeros, MUL by ones -> nothing."""
+    operator = graph.operators[place]
+    if operator.kind not in ("ADD", "MUL") or operator.outputs[0] in graph.kept:
+        return False
+    x, other = graph.constant_last(operator)
+    values = graph.values(other)
+    if values is None or not (values == (operator.kind == "MUL")).all():
+        return False
+    if operator.packed.builtinOptions.fusedActivationFunction:
+        return False
+    if graph.shape(x) != graph.shape(operator.outputs[0]):
+        return False
+    return graph.leave_out(operator, x)
+
+
+# Products, and along which axis of their weights the channels lie that they make.
+_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
 _ACTIVATIONS = {"RELU": 1, "RELU6": 3}
 
 RULES: tuple[Callable[[_Graph, int], bool], ...] = (
     _linear,
-    _bias,
+    _scaled,
     _root,
     _pooled,
+    _averaged,
     _activation,
     _divided,
+    _still,
     _idle,
 )
