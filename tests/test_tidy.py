@@ -116,6 +116,13 @@ def averaged(graph: FloatGraph, axis: int) -> str:
     return graph.add("MEAN", ["turned", axes], "mean", (1, 8 if axis == 2 else 4))
 
 
+def read_whole(graph: FloatGraph) -> str:
+    divided(graph)
+    axis = graph.constant("last", np.array([2]))
+    graph.add("MEAN", ["all", axis], "whole", (1, 4))
+    return graph.add("ADD", ["whole", "sum"], "both", (1, 4))
+
+
 CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
     "constant product": (matmul, ["FULLY_CONNECTED"]),
     "its weights turned": (lambda g: matmul(g, turned=True), ["FULLY_CONNECTED"]),
@@ -151,6 +158,10 @@ CASES: dict[str, tuple[Callable[[FloatGraph], str], list[str]]] = {
         lambda g: divided(g, (1,)),
         ["FULLY_CONNECTED", "SLICE", "MEAN"],
     ),
+    "parts of what is read whole, too": (
+        read_whole,
+        ["FULLY_CONNECTED", "SLICE", "SLICE", "MEAN", "MEAN", "ADD", "MEAN", "ADD"],
+    ),
     "parts that leave some out": (
         lambda g: divided(g, (1, 4)),
         ["FULLY_CONNECTED", "SLICE", "SLICE", "MEAN", "MEAN", "ADD"],
@@ -181,6 +192,86 @@ def test_other_operators_give_the_same_answers(case: str) -> None:
     assert exits["end"] == model.outputs[0]
     (before,), (after,) = answers(data, values), answers(written, values)
     np.testing.assert_allclose(after, before, atol=1e-5)
+
+
+def at_random(seed: int) -> tuple[FloatGraph, list[str]]:
+    """A graph of the operators that the rules are about, with one to three exits."""
+    rng = np.random.default_rng(seed)
+    graph = FloatGraph(1, 4, 8)
+    shapes: dict[str, tuple[int, ...]] = {"input": (1, 4, 8)}
+
+    def constant(values: np.ndarray) -> str:
+        return graph.constant(f"c{len(graph.tensors)}", values)
+
+    def add(kind: str, inputs: list[str], shape: tuple[int, ...], **how: int | bool) -> None:
+        name = f"t{len(graph.tensors)}"
+        shapes[graph.add(kind, inputs, name, shape, **how)] = shape
+
+    def number_for_each(shape: tuple[int, ...]) -> np.ndarray:
+        kind = rng.integers(4)
+        kept = [n if kind == 0 or k == rng.integers(len(shape)) else 1 for k, n in enumerate(shape)]
+        values = np.full(kept, float(rng.integers(2))) if kind == 1 else rng.normal(size=kept)
+        return values if kind != 2 else values.reshape(-1)[:1]
+
+    for _ in range(rng.integers(3, 14)):
+        x = list(shapes)[-1 if rng.random() < 0.8 else rng.integers(len(shapes))]
+        shape, kind = shapes[x], rng.integers(8)
+        if kind == 0:
+            order = rng.permutation(np.arange(len(shape)))
+            add("TRANSPOSE", [x, constant(order)], tuple(shape[k] for k in order))
+        elif kind == 1:
+            flat = int(np.prod(shape))
+            choices = [(1, flat), (1, 4, flat // 4), (1, flat // 4, 4), (1, 2, flat // 4, 2)]
+            if flat % 4 == 0:
+                told = choices[rng.integers(4)]
+                add("RESHAPE", [x, constant(np.array(told))], told)
+        elif kind in (2, 3):
+            word = "ADD" if kind == 2 else "MUL"
+            pair = [x, constant(number_for_each(shape))][:: rng.choice([-1, 1])]
+            add(word, pair, shape, fusedActivationFunction=int(rng.integers(2)))
+        elif kind == 4:
+            width, inner = int(rng.integers(2, 7)), shape[-1]
+            bias = constant(rng.normal(size=width)) if rng.random() < 0.5 else ""
+            weights = constant(rng.normal(size=(width, inner)) / inner**0.5)
+            add("FULLY_CONNECTED", [x, weights, bias], (*shape[:-1], width), keepNumDims=True)
+            if rng.random() < 0.3:
+                whole, at = list(shapes)[-1], int(rng.integers(1, width))
+                for first, last in ((0, at), (at, width)):
+                    begin = [0] * (len(shape) - 1) + [first]
+                    size = [*shape[:-1], last - first]
+                    told = [constant(np.array(begin)), constant(np.array(size))]
+                    add("SLICE", [whole, *told], tuple(size))
+        elif kind == 5:
+            add("RELU", [x], shape)
+        elif kind == 6 and len(shape) > 2:
+            axis = int(rng.integers(1, len(shape)))
+            told = shape[:axis] + shape[axis + 1 :]
+            add("MEAN", [x, constant(np.array([axis]))], told)
+        elif kind == 7 and len(shape) == 4:
+            weights = constant(rng.normal(size=(5, 1, 1, shape[3])))
+            add("CONV_2D", [x, weights, constant(rng.normal(size=5))], (*shape[:3], 5), **STEPS)
+    made = [name for name in shapes if name != "input"]
+    exits = [made[-1], *rng.permutation(made[:-1])[: rng.integers(3)]]
+    return graph, [str(name) for name in exits]
+
+
+STEPS = {"strideW": 1, "strideH": 1, "dilationWFactor": 1, "dilationHFactor": 1, "padding": 1}
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_graph_made_at_random_answers_the_same_with_no_more_operators(seed: int) -> None:
+    graph, names = at_random(seed)
+    data = graph.data(*names)
+    outputs = tflite.read_model(data).outputs
+    values = RNG.normal(size=(1, 4, 8)).astype(np.float32)
+
+    written, exits = tidy(data, dict(zip(names, outputs, strict=True)), "net")
+
+    model = tflite.read_model(written)
+    assert len(model.operators) <= len(tflite.read_model(data).operators)
+    assert list(exits.values()) == list(model.outputs)
+    for before, after in zip(answers(data, values), answers(written, values), strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-4, rtol=1e-4)
 
 
 def test_what_is_read_twice_or_is_an_exit_stays() -> None:

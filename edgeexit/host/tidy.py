@@ -53,7 +53,7 @@ class _Graph:
         self.tensors = list(model.tensors)
         self.operators = list(model.operators)
         self.opcodes = list(model.opcodes)
-        self._index()
+        self._drop_unread()
 
     def _index(self) -> None:
         self.maker = {t: k for k, op in enumerate(self.operators) for t in op.outputs}
@@ -396,7 +396,7 @@ def _divided(graph: _Graph, place: int) -> bool:
     readers = [other for other in graph.operators if whole in other.inputs]
     parts = [graph.channels(reader) for reader in readers]
     rows = sorted(row for part in parts for row in part)
-    if len(parts) < 2 or rows != list(range(len(weights))):
+    if len(parts) < 2 or not all(parts) or rows != list(range(len(weights))):
         return False
     for reader, part in zip(readers, parts, strict=True):
         own = slice(part.start, part.stop)
