@@ -60,7 +60,7 @@ def test_the_cost_and_the_rate_are_stated(chip: Path) -> None:
 
 def test_the_cost_of_a_meters_program_is_in_it() -> None:
     busy = (
-        "command:sh -c 'while :; do echo 1; i=0; while [ $i -lt 999 ]; do i=$((i+1)); done; done'"
+        "command:sh -c 'while :; do echo 1; i=0; while [ $i -lt 9999 ]; do i=$((i+1)); done; done'"
     )
     with Sampler(busy + ",rate=100") as sampler:
         now_ns = time.monotonic_ns()
