@@ -18,6 +18,7 @@ import numpy as np
 from edgeexit import cut, tflite
 from edgeexit.errors import Unsupported
 from edgeexit.host.answers import RealSamples, spread, tflite_logits
+from edgeexit.host.biases import with_whole_biases
 from edgeexit.host.lowered import Lowered
 from edgeexit.host.quiet import quietly
 from edgeexit.host.ranges import RANGES, Advance, Histogram, activation_ranges, operators
@@ -225,11 +226,12 @@ def _signed(data: bytes) -> bytes:
 
 def _rewritten(data: bytes, lowered: Lowered) -> bytes:
     """
-    *data* as edgeexit writes files, with the logits under their old names.
+    *data* as edgeexit writes files, with biases that fit and the logits under their old names.
 
     Where the quantizer puts an operator behind them, its result is the output, of another name.
     """
     model = tflite.read_model(data, "quantized network")
+    model = with_whole_biases(model, tflite.read_model(lowered.data, "lowered network"))
     wanted = [spec.name for spec in cut.model_io(lowered.data, "lowered network")[1]]
     places = {tensor.name: index for index, tensor in enumerate(model.tensors)}
     fresh: dict[int, str] = {}

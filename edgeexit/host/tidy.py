@@ -1,9 +1,10 @@
 """
 Rewrite what converters make into the operators that quantize well and run fast: same answers.
 
-Callers see tidy. Surprising, each found by measuring: a BATCH_MATMUL with constant weights gets
-its int8 scales along the wrong axis and answers nonsense; 1 / SQRT(v) divides by an int8 zero and
-stops the runtime; an activation behind a transposition is not taken over by XNNPACK in int8.
+Callers see tidy, and CHANNELS. Surprising, each found by measuring: a BATCH_MATMUL with constant
+weights gets its int8 scales along the wrong axis and answers nonsense; 1 / SQRT(v) divides by an
+int8 zero and stops the runtime; an activation behind a transposition is not taken over by XNNPACK
+in int8.
 """
 
 import math
@@ -278,13 +279,13 @@ def _scaled(graph: _Graph, place: int) -> bool:
     if values is None or graph.shape(x) != graph.shape(output):
         return False
     first, moves = graph.moves(x, is_shared=False)
-    made = graph.behind(first, *_CHANNELS)
+    made = graph.behind(first, *CHANNELS)
     if made is None or made.packed.builtinOptions.fusedActivationFunction:
         return False
     _, w, b, *_ = (*made.inputs, -1)
     weights, channels = graph.values(w), graph.shape(first)[-1]
     bias = np.zeros(channels, np.float32) if b < 0 else graph.values(b)
-    if weights is None or weights.shape[_CHANNELS[made.kind]] != channels:
+    if weights is None or weights.shape[CHANNELS[made.kind]] != channels:
         return False
     if bias is None or bias.shape != (channels,):
         return False
@@ -296,8 +297,8 @@ def _scaled(graph: _Graph, place: int) -> bool:
     if not (each[channel] == values).all():
         return False
     if operator.kind == "MUL":
-        turned = np.moveaxis(weights, _CHANNELS[made.kind], -1)
-        w = graph.constant(w, np.moveaxis(turned * each, -1, _CHANNELS[made.kind]))
+        turned = np.moveaxis(weights, CHANNELS[made.kind], -1)
+        w = graph.constant(w, np.moveaxis(turned * each, -1, CHANNELS[made.kind]))
         bias = bias * each
     else:
         bias = bias + each
@@ -377,7 +378,7 @@ def _activation(graph: _Graph, place: int) -> bool:
     if operator.kind not in _ACTIVATIONS:
         return False
     x, moves = graph.moves(operator.inputs[0], is_shared=False)
-    made = graph.behind(x, *_CHANNELS, "ADD")
+    made = graph.behind(x, *CHANNELS, "ADD")
     if made is None or made.packed.builtinOptions.fusedActivationFunction:
         return False
     (output,) = operator.outputs
@@ -449,7 +450,7 @@ def _idle(graph: _Graph, place: int) -> bool:
 
 
 # Products, and along which axis of their weights the channels lie that they make.
-_CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
+CHANNELS = {"CONV_2D": 0, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 0}
 _ACTIVATIONS = {"RELU": 1, "RELU6": 3}
 
 RULES: tuple[Callable[[_Graph, int], bool], ...] = (
