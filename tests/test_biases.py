@@ -9,7 +9,6 @@ pytest.importorskip("litert_torch")
 
 from edgeexit import tflite  # noqa: E402
 from edgeexit.host import answers, lower, quantize  # noqa: E402
-from edgeexit.host.biases import with_whole_biases  # noqa: E402
 from edgeexit.host.schemes import SCHEMES  # noqa: E402
 from tests import host_nets  # noqa: E402
 
@@ -44,19 +43,21 @@ def worst(found: quantize.Quantized, floats, reals) -> float:
     return max(float(np.abs(got[k] - wanted[k]).max() / np.abs(wanted[k]).max()) for k in wanted)
 
 
-@pytest.mark.parametrize("left", [0.0, 1e-12, 1e-9])
-@pytest.mark.parametrize("zeroed", [3, 15])
+@pytest.mark.parametrize(
+    ("scheme", "zeroed", "left"),
+    [("int8", 3, 0.0), ("int8", 3, 1e-9), ("int8", 15, 0.0), ("int16x8", 3, 0.0)],
+)
 def test_what_is_left_of_a_zeroed_filter_is_its_bias(
-    zeroed: int, left: float, monkeypatch: pytest.MonkeyPatch
+    scheme: str, zeroed: int, left: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     floats, reals = lowered(zeroed, left)
 
-    found = SCHEMES["int8"](floats, reals, None)
+    found = SCHEMES[scheme](floats, reals, None)
 
-    assert found.outside_xnnpack == {}
+    assert scheme != "int8" or found.outside_xnnpack == {}
     assert worst(found, floats, reals) < 0.05
     monkeypatch.setattr(quantize, "with_whole_biases", lambda model, floats: model)
-    assert worst(SCHEMES["int8"](floats, reals, None), floats, reals) > 0.2
+    assert worst(SCHEMES[scheme](floats, reals, None), floats, reals) > 0.2
 
 
 def test_no_bias_is_at_the_end_of_its_numbers_and_other_channels_stay_as_they_were(
@@ -68,20 +69,34 @@ def test_no_bias_is_at_the_end_of_its_numbers_and_other_channels_stay_as_they_we
     before = tflite.read_model(SCHEMES["int8"](floats, reals, None).data)
 
     assert len(after.tensors) == len(before.tensors)
-    moved = 0
+    moved = {"int8": 0, "int32": 0}
     for old, new in zip(before.tensors, after.tensors, strict=True):
-        if old.dtype != "int32" or not old.scales:
+        if old.constant is None or not old.scales:
             continue
-        numbers = old.constant.view(np.int32), new.constant.view(np.int32)
         stays = np.array(old.scales) == np.array(new.scales)
+        numbers = [t.constant.view(t.dtype).reshape(t.shape) for t in (old, new)]
+        axis = -1 if numbers[0].shape[0] == 1 else 0  # of each channel apart: they lie last
+        numbers = [np.moveaxis(n, axis, 0) for n in numbers]
         assert (numbers[0] == numbers[1])[stays].all()
-        assert np.abs(numbers[1]).max() <= 2**30
-        moved += int((~stays).sum())
-    assert moved == 3 * 5
+        assert new.dtype != "int32" or np.abs(numbers[1]).max() <= 2**30
+        moved[old.dtype] += int((~stays).sum())
+    assert moved == {"int8": 3 * 5, "int32": 3 * 5}
 
 
-def test_a_network_without_such_channels_stays_byte_for_byte() -> None:
+@pytest.mark.parametrize("granularity", ["CHANNELWISE", "TENSORWISE"])
+def test_a_network_without_such_channels_stays_byte_for_byte(
+    granularity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     floats, reals = lowered(0)
-    model = tflite.read_model(SCHEMES["int8"](floats, reals, None).data)
+    activations = {"num_bits": 8, "symmetric": False, "granularity": "TENSORWISE", "dtype": "INT"}
+    weights = {**activations, "symmetric": True, "granularity": granularity}
+    config = {"weight_tensor_config": weights, "activation_tensor_config": activations}
+    config |= {"compute_precision": "INTEGER", "explicit_dequantize": False}
+    config |= {"skip_checks": False, "min_weight_elements": 0}
+    entry = {"regex": ".*", "operation": "*", "algorithm_key": "min_max_uniform_quantize"}
+    scheme = quantize.by_recipe([{**entry, "op_config": config}])
 
-    assert with_whole_biases(model, tflite.read_model(floats.data)) == model
+    after = scheme(floats, reals, None).data
+
+    monkeypatch.setattr(quantize, "with_whole_biases", lambda model, floats: model)
+    assert scheme(floats, reals, None).data == after

@@ -1,4 +1,4 @@
-"""What onnx2tf makes is rewritten: other operators, the same answers, good int8."""
+"""What converters make is rewritten: other operators, the same answers, good int8."""
 
 from collections.abc import Callable
 
@@ -244,9 +244,13 @@ def at_random(seed: int) -> tuple[FloatGraph, list[str]]:
         elif kind == 5:
             add("RELU", [x], shape)
         elif kind == 6 and len(shape) > 2:
-            axis = int(rng.integers(1, len(shape)))
-            told = shape[:axis] + shape[axis + 1 :]
-            add("MEAN", [x, constant(np.array([axis]))], told)
+            axes = rng.permutation(np.arange(1, len(shape)))[: rng.integers(1, len(shape))]
+            is_kept = bool(rng.integers(2))
+            left = [
+                (1 if k in axes else n) for k, n in enumerate(shape) if is_kept or k not in axes
+            ]
+            signed = axes - len(shape) * rng.integers(0, 2, len(axes))
+            add("MEAN", [x, constant(signed)], tuple(left), keepDims=is_kept)
         elif kind == 7 and len(shape) == 4:
             weights = constant(rng.normal(size=(5, 1, 1, shape[3])))
             add("CONV_2D", [x, weights, constant(rng.normal(size=5))], (*shape[:3], 5), **STEPS)

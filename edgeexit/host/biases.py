@@ -20,17 +20,19 @@ from edgeexit.tflite import Model, Tensor
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LARGEST_BIAS = 2.0**30  # half the numbers, so that the sum behind it fits, too
-_LEAST_RATIO = 2.0**-30  # of a product's step to its output's; XNNPACK takes 2**-32
+_SUMS = {"int8": "int32", "int16": "int64"}  # dtype of activations -> of the biases beside them
+_LARGEST_BIAS = 2.0**30  # half of what 32 bits hold, so that the sum on top of it fits, too
+_LEAST_RATIO = 2.0**-30  # of a product's step to its output's: XNNPACK's own least is 2**-32
 
 
 def with_whole_biases(model: Model, floats: Model) -> Model:
     """
-    The quantized *model* with scales at which every bias of *floats* fits; often *model* itself.
+    The quantized *model* with scales at which every bias of *floats* fits.
 
-    *floats* is the network that it was made of, with the same names of constants. Only products of
-    int8 by int8 weights per channel with an int32 bias are looked at, and of their channels only
-    those whose bias needs more than 30 bits or whose scale is too small for XNNPACK.
+    *floats* is the network that it was made of, with the same names of constants. Only products
+    with int8 weights per channel, activations and a bias in integers are looked at, and of their
+    channels only those whose bias needs more than 30 bits or whose scale is too small for XNNPACK.
+    Weights that several operators read stay as they are.
     """
     real = {t.name: t for t in floats.tensors if t.constant is not None and t.dtype == "float32"}
     readers = Counter(t for op in model.operators for t in op.inputs)
@@ -40,14 +42,16 @@ def with_whole_biases(model: Model, floats: Model) -> Model:
             continue
         x, w, b = (model.tensors[index] for index in operator.inputs)
         y = model.tensors[operator.outputs[0]]
-        if (x.dtype, w.dtype, b.dtype, y.dtype) != ("int8", "int8", "int32", "int8"):
+        axis = CHANNELS[operator.kind]
+        if w.dtype != "int8" or (x.dtype, b.dtype) not in _SUMS.items() or y.dtype != x.dtype:
             continue
         if any(readers[index] != 1 for index in operator.inputs[1:]):
             continue
-        if w.name not in real or b.name not in real or len(w.scales) != len(b.scales):
+        if not len(w.scales) == len(b.scales) == w.shape[axis]:
+            continue
+        if w.name not in real or b.name not in real:
             continue
         weights, biases = _values(real[w.name], np.float32), _values(real[b.name], np.float32)
-        axis = CHANNELS[operator.kind]
         scales = _scales(x, w, y, biases, axis)
         stays = scales == np.array(w.scales)
         if stays.all():
@@ -56,10 +60,10 @@ def with_whole_biases(model: Model, floats: Model) -> Model:
         numbers = np.rint(weights / scales.reshape(lengths)).clip(-127, 127)
         numbers = np.where(stays.reshape(lengths), _values(w, np.int8), numbers)
         steps = np.where(stays, np.array(b.scales), x.scales[0] * scales)
-        sums = np.where(stays, _values(b, np.int32), np.rint(biases / steps))
+        sums = np.where(stays, _values(b, b.dtype), np.rint(biases / steps))
         _, at, beside = operator.inputs
         tensors[at] = _anew(w, at, numbers.astype(np.int8), scales)
-        tensors[beside] = _anew(b, beside, sums.astype(np.int32), steps)
+        tensors[beside] = _anew(b, beside, sums.astype(b.dtype), steps)
     return replace(model, tensors=tuple(tensors))
 
 

@@ -156,8 +156,8 @@ def _check_vector(model: Model, name: str, index: int) -> None:
         raise Unsupported(
             f"{place} answers with a map {shape}: segmentation, or features without a head; "
             "expected logits [1, classes]",
-            hint="early exits need one class per sample; put a head on the map before export "
-            "(only ready .tflite files get fitted ones)",
+            hint="early exits need one class per sample: put a head on the map before export "
+            "(edgeexit fits heads to maps of ready .tflite files only)",
         )
     if len(shape) == 3:
         raise Unsupported(

@@ -5,7 +5,8 @@ Callers see from_torch. Hidden here: how the converter's outputs find back to th
 came from, and the network's graph as the converter likes it. The surprise: a plain
 `x.mean((2, 3))` would cost a transposition at every exit, and padded maximum pooling would bring
 an infinity that has no int8; the traced graph is rewritten first, so that pooling keeps its axes,
-the maps stay channels-last, and all padding is numbers.
+the maps stay channels-last, all padding is numbers and layer norms are plain arithmetic; what the
+converter makes of it is tidied (edgeexit.host.tidy).
 """
 
 import inspect
@@ -202,13 +203,15 @@ def _pad_with_numbers(graph: torch.fx.Graph) -> None:
 
 
 def _spell_out_norms(graph: torch.fx.Graph) -> None:
-    # The converter's own form of a layer norm has a dozen operators with reshapes between them.
-    # (x - mean) / sqrt(mean((x - mean)^2) + eps) keeps all axes and is the quicker one in int8.
+    # The converter's own form of a layer norm has more operators and more reshapes between them;
+    # (x - mean) / sqrt(mean((x - mean)^2) + eps) as it stands is the quicker one in int8.
     aten = torch.ops.aten
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target != aten.layer_norm.default:
             continue
-        value, shape, weight, bias, eps = (*node.args, None, None, 1e-5)[:5]
+        given: list[Any] = list(node.args)
+        given += [None, None, 1e-5][len(given) - 2 :]
+        value, shape, weight, bias, eps = given[:5]
         axes = list(range(-len(shape), 0))
         with graph.inserting_before(node):
             mean = graph.call_function(aten.mean.dim, (value, axes, True))

@@ -87,7 +87,7 @@ class _Graph:
         return operator if operator.kind in kinds else None
 
     def constant_last(self, operator: Operator) -> tuple[int, int]:
-        """The two inputs of *operator*, one that is constant behind one that is not."""
+        """The two inputs of *operator*; if one is a float32 constant, that one last."""
         x, other = sorted(operator.inputs, key=lambda tensor: self.values(tensor) is not None)
         return x, other
 
@@ -125,8 +125,8 @@ class _Graph:
 
     def is_told(self, tensor: int) -> bool:
         """Whether *tensor* is a constant of int32: axes, an order, a shape."""
-        found = self.tensors[tensor]
-        return found.constant is not None and found.dtype == "int32"
+        found = self.tensors[tensor] if tensor >= 0 else None
+        return found is not None and found.constant is not None and found.dtype == "int32"
 
     def moved(self, values: "np.ndarray[Any, Any]", moves: list[Operator]) -> Any:
         """*values* of the tensor in front of *moves* (last first) as they are behind them."""
@@ -244,6 +244,11 @@ class _Graph:
         return len(self.opcodes) - 1
 
 
+def _fused(operator: Operator) -> int:
+    """The number of the activation within *operator*; 0 for none."""
+    return int(getattr(operator.packed.builtinOptions, "fusedActivationFunction", 0))
+
+
 def _linear(graph: _Graph, place: int) -> bool:
     """BATCH_MATMUL with constant weights -> FULLY_CONNECTED."""
     from ai_edge_litert import schema_py_generated as schema
@@ -280,7 +285,7 @@ def _scaled(graph: _Graph, place: int) -> bool:
         return False
     first, moves = graph.moves(x, is_shared=False)
     made = graph.behind(first, *CHANNELS)
-    if made is None or made.packed.builtinOptions.fusedActivationFunction:
+    if made is None or made.packed.builtinOptions is None or _fused(made):
         return False
     _, w, b, *_ = (*made.inputs, -1)
     weights, channels = graph.values(w), graph.shape(first)[-1]
@@ -303,8 +308,7 @@ def _scaled(graph: _Graph, place: int) -> bool:
     else:
         bias = bias + each
     inputs = (made.inputs[0], w, graph.constant(other if b < 0 else b, bias))
-    activation = operator.packed.builtinOptions.fusedActivationFunction
-    return graph.remake(made, inputs, moves, output, activation)
+    return graph.remake(made, inputs, moves, output, _fused(operator))
 
 
 def _root(graph: _Graph, place: int) -> bool:
@@ -312,7 +316,7 @@ def _root(graph: _Graph, place: int) -> bool:
     from ai_edge_litert import schema_py_generated as schema
 
     operator = graph.operators[place]
-    if operator.kind != "DIV" or operator.packed.builtinOptions.fusedActivationFunction:
+    if operator.kind != "DIV" or _fused(operator):
         return False
     x, divisor = operator.inputs
     root = graph.behind(divisor, "SQRT")
@@ -362,7 +366,7 @@ def _averaged(graph: _Graph, place: int) -> bool:
     if graph.shape(output) != (1, channels) or shape[0] != 1:
         return False
     channel = graph.moved(np.broadcast_to(np.arange(channels), shape), moves)
-    gone = tuple(int(axis) for axis in over.constant.view(np.int32))
+    gone = tuple({int(axis) % channel.ndim for axis in over.constant.view(np.int32)})
     least, most = channel.min(axis=gone).reshape(-1), channel.max(axis=gone).reshape(-1)
     if not (least == np.arange(channels)).all() or not (most == least).all():
         return False
@@ -379,7 +383,7 @@ def _activation(graph: _Graph, place: int) -> bool:
         return False
     x, moves = graph.moves(operator.inputs[0], is_shared=False)
     made = graph.behind(x, *CHANNELS, "ADD")
-    if made is None or made.packed.builtinOptions.fusedActivationFunction:
+    if made is None or made.packed.builtinOptions is None or _fused(made):
         return False
     (output,) = operator.outputs
     return graph.remake(made, made.inputs, moves, output, _ACTIVATIONS[operator.kind])
@@ -393,6 +397,8 @@ def _divided(graph: _Graph, place: int) -> bool:
     (whole,), (x, w, *rest) = operator.outputs, operator.inputs
     weights, bias = graph.values(w), graph.values(rest[0]) if rest else None
     if whole in graph.kept or weights is None or (rest and rest[0] >= 0 and bias is None):
+        return False
+    if bias is not None and bias.shape != (len(weights),):
         return False
     readers = [other for other in graph.operators if whole in other.inputs]
     parts = [graph.channels(reader) for reader in readers]
@@ -425,7 +431,7 @@ def _still(graph: _Graph, place: int) -> bool:
             if (graph.moved(order, moves).reshape(-1) == order.reshape(-1)).all():
                 if is_same:
                     return graph.leave_out(operator, first)
-                told = [mover.inputs[1] for mover in moves if len(mover.inputs) > 1][:1]
+                told = [t for mover in moves for t in mover.inputs[1:] if graph.is_told(t)][:1]
                 lengths = [graph.constant(like, np.array(shape)) for like in told]
                 options = schema.ReshapeOptionsT(newShape=list(shape))
                 return graph.exchange(operator, "RESHAPE", (first, *lengths), output, options)
@@ -442,7 +448,7 @@ def _idle(graph: _Graph, place: int) -> bool:
     values = graph.values(other)
     if values is None or not (values == (operator.kind == "MUL")).all():
         return False
-    if operator.packed.builtinOptions.fusedActivationFunction:
+    if _fused(operator):
         return False
     if graph.shape(x) != graph.shape(operator.outputs[0]):
         return False
