@@ -294,6 +294,25 @@ def test_the_page_says_what_is_missing() -> None:
     assert "(not certifiable with 3,502 samples) |" in nothing
 
 
+def test_the_page_names_policies_that_reach_every_ratio() -> None:
+    found = made_up(3.2, -0.001, 0.925, refused=("small",))
+    policies = found["runs"][0]["policies"]
+    text = worth.page(found)
+    assert f"Every ratio by one policy, {len(policies) - 1} of {len(policies) - 1};" in text
+
+    for one in policies[:-1]:
+        if one["refused"] is None:
+            one["beside"] = one["beside"] | {
+                "resnet56": {**one["beside"]["resnet56"], "lead": -0.02}
+            }
+    text = worth.page(found)
+    assert f"Every ratio by one policy, 1 of {len(policies) - 1};" in text
+    assert "below its own final exit, not certified: 3.20x (2.88 .. 3.52) faster than Res" in text
+
+    policies[-1]["refused"] = "too few"
+    assert "No policy reaches every ratio by itself." in worth.page(found)
+
+
 def test_the_figure_shows_networks_exits_and_policies(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     found = made_up(3.2, -0.001, 0.925, refused=("small",))

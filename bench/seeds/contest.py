@@ -166,7 +166,7 @@ def bars(
     for ask in asks:
         if not ask.ratio:
             continue
-        tried = [_against(ask, one) for one in policies if one["ask"] == ask.key]
+        tried = [held_against(ask, one) for one in policies if one["ask"] == ask.key]
         judged = [one for one in tried if one["policy"] is not None]
         reached = [one for one in judged if one["reached"]]
         found.append((reached or judged or tried)[0] | {"refused": _refusal(ask, policies)})
@@ -179,8 +179,8 @@ def _refusal(ask: Ask, policies: Sequence[Mapping[str, Any]]) -> str | None:
     return None if rows[0]["refused"] is None else str(rows[0]["refused"])
 
 
-def _against(ask: Ask, policy: Mapping[str, Any]) -> dict[str, Any]:
-    """One *policy* held against what *ask* wants."""
+def held_against(ask: Ask, policy: Mapping[str, Any]) -> dict[str, Any]:
+    """One *policy*, whoever asked for it, held against what *ask* wants."""
     told: dict[str, Any] = {"ask": ask.key, "level": ask.level, "wanted": ask.ratio}
     told |= {"goal": ask.goal, "policy": None, "reached": False, "samples": policy["samples"]}
     if policy["refused"] is not None:

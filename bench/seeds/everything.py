@@ -328,7 +328,7 @@ def page(found: Mapping[str, Any]) -> str:
         f"after blocks {', '.join(map(str, net['blocks']))} and the final one. "
         f"{splits['training']['pictures']:,} training pictures of CIFAR-10, a tenth of them held "
         f"out; accuracies are class means on {splits['test']['pictures']:,} lossless test "
-        f"pictures, mean of {setting['seeds']} seeds (least .. largest). {setting['epochs']} "
+        f"pictures, {_seeds_told(setting['seeds'])}. {setting['epochs']} "
         f"epochs after each step and {setting['final']} at each goal (paper: 10 for either child, "
         f"then 190, in every step), maps in {setting['precision']}, {_course(setting)}; children "
         "are compared before they recover, by the CKA of all exits on training pictures. Filters "
@@ -353,6 +353,10 @@ def page(found: Mapping[str, Any]) -> str:
             grid(_robustness(found)),
         ]
     )
+
+
+def _seeds_told(count: int) -> str:
+    return f"mean of {count} seeds (least .. largest)" if count > 1 else "1 seed"
 
 
 def _course(setting: Mapping[str, Any]) -> str:
@@ -418,7 +422,7 @@ def _claim(found: Mapping[str, Any]) -> str:
         f"{said}Points ahead there: {'; '.join(leads)}. What is left differs by a block or less. "
         "The paper's claim is the choice: beside a coin between the same two kinds of children, "
         f"whose filters and blocks are scored alike, CKA loses less in {won} of "
-        f"{len(ours['lost'])} seeds.\n"
+        f"{len(ours['lost'])} seed{'s' * (len(ours['lost']) > 1)}.\n"
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seeds.contest import CERTIFICATE, REPORT, STATIC, TUNING, WITHIN, Ask
+from seeds.contest import CERTIFICATE, REPORT, STATIC, TUNING, WITHIN, Ask, held_against
 from seeds.page import Points, grid, points, verdicts
 
 NAME = "seeds-worth"
@@ -21,6 +21,7 @@ def page(found: Mapping[str, Any]) -> str:
         parts += [
             grid(_bar_rows(found, run)),
             _answer(found, run),
+            _all_by_one(found, run),
             f"![accuracy against milliseconds](img/{image(found['setting'], seed)})\n",
             "Networks without early exits, int8; exits alone are the trained network cut off "
             "there. Milliseconds of one call, its preprocessing included, in the race: median "
@@ -149,6 +150,30 @@ def _answer(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     return (
         f"{sum(reached)} of {len(reached)} bars are reached, {len(reached) - sum(reached)} not.\n"
     )
+
+
+def _all_by_one(found: Mapping[str, Any], run: Mapping[str, Any]) -> str:
+    """The policies that reach every ratio by themselves, whatever they were asked for."""
+    asks = [ask for ask in (Ask(**one) for one in found["setting"]["asks"]) if ask.ratio]
+    policies = [one for one in run["policies"] if one["refused"] is None]
+    lines = []
+    for one in policies:
+        held = [held_against(ask, one) for ask in asks]
+        if not all(bar["reached"] for bar in held):
+            continue
+        ratios = [
+            f"{_ratio(bar['faster'])} faster than {_title(bar['rival'])} [{_points(bar)}]"
+            for bar in held
+        ]
+        kind = f"certified (use {one['use']})" if one["certified"] else "not certified"
+        lines.append(f"- {_asked_text(found, one)}, {kind}: {', '.join(ratios)}.")
+    if not lines:
+        return "No policy reaches every ratio by itself.\n"
+    told = (
+        f"Every ratio by one policy, {len(lines)} of {len(policies)}; they were asked for "
+        "something else and are named for how they did on `report`, which flatters a little:\n"
+    )
+    return "\n".join([told, *lines]) + "\n"
 
 
 def _network_rows(run: Mapping[str, Any]) -> list[list[str]]:
