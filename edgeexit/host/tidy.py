@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,13 @@ class _Graph:
             return None
         return found.constant.view(np.float32).reshape(found.shape)
 
+    def integers(self, tensor: int) -> list[int] | None:
+        """Axes, an order or a shape: what an int32 constant holds; None for anything else."""
+        found = self.tensors[tensor] if tensor >= 0 else None
+        if found is None or found.constant is None or found.dtype != "int32":
+            return None
+        return [int(value) for value in found.constant.view(np.int32)]
+
     def behind(self, tensor: int, *kinds: str) -> Operator | None:
         """The operator of one of *kinds* that makes *tensor* for one single reader."""
         place = self.maker.get(tensor)
@@ -96,13 +104,10 @@ class _Graph:
         if reader.kind != "SLICE":
             return range(0)
         (output,), (x, begin, _) = reader.outputs, reader.inputs
-        starts, shape, whole = self.tensors[begin], self.shape(output), self.shape(x)
-        if starts.constant is None or starts.dtype != "int32" or starts.shape != (len(whole),):
+        starts, shape, whole = self.integers(begin), self.shape(output), self.shape(x)
+        if not starts or len(starts) != len(whole) or shape[:-1] != whole[:-1]:
             return range(0)
-        if not whole or shape[:-1] != whole[:-1]:
-            return range(0)
-        first = int(starts.constant.view(np.int32)[-1])
-        return range(first, first + shape[-1])
+        return range(starts[-1], starts[-1] + shape[-1])
 
     def moves(self, tensor: int, *, is_shared: bool) -> tuple[int, list[Operator]]:
         """
@@ -116,25 +121,18 @@ class _Graph:
             mover = None if place is None else self.operators[place]
             if mover is None or mover.kind not in ("TRANSPOSE", "RESHAPE"):
                 return tensor, found
-            if mover.kind == "TRANSPOSE" and not self.is_told(mover.inputs[1]):
+            if mover.kind == "TRANSPOSE" and self.integers(mover.inputs[1]) is None:
                 return tensor, found
             if not is_shared and (tensor in self.kept or self.users[tensor] != 1):
                 return tensor, found
             found.append(mover)
             tensor = mover.inputs[0]
 
-    def is_told(self, tensor: int) -> bool:
-        """Whether *tensor* is a constant of int32: axes, an order, a shape."""
-        found = self.tensors[tensor] if tensor >= 0 else None
-        return found is not None and found.constant is not None and found.dtype == "int32"
-
     def moved(self, values: "np.ndarray[Any, Any]", moves: list[Operator]) -> Any:
         """*values* of the tensor in front of *moves* (last first) as they are behind them."""
         for mover in reversed(moves):
             if mover.kind == "TRANSPOSE":
-                order = self.tensors[mover.inputs[1]].constant
-                assert order is not None
-                values = values.transpose(order.view(np.int32))
+                values = values.transpose(self.integers(mover.inputs[1]))
             else:
                 values = values.reshape(self.shape(mover.outputs[0]))
         return values
@@ -339,11 +337,11 @@ def _pooled(graph: _Graph, place: int) -> bool:
     mean = graph.behind(operator.inputs[0], "MEAN")
     if mean is None or not mean.packed.builtinOptions.keepDims:
         return False
-    axes = graph.tensors[mean.inputs[1]]
-    if axes.constant is None or axes.dtype != "int32":
+    axes = graph.integers(mean.inputs[1])
+    if axes is None:
         return False
     shape = graph.shape(mean.inputs[0])
-    gone = {int(axis) % len(shape) for axis in axes.constant.view(np.int32)}
+    gone = {axis % len(shape) for axis in axes}
     (output,) = operator.outputs
     if graph.shape(output) != tuple(n for k, n in enumerate(shape) if k not in gone):
         return False
@@ -359,14 +357,14 @@ def _averaged(graph: _Graph, place: int) -> bool:
         return False
     (x, axes), (output,) = operator.inputs, operator.outputs
     first, moves = graph.moves(x, is_shared=True)
-    over, shape = graph.tensors[axes], graph.shape(first)
-    if not moves or over.constant is None or over.dtype != "int32" or len(shape) < 3:
+    over, shape = graph.integers(axes), graph.shape(first)
+    if not moves or over is None or len(shape) < 3:
         return False
     channels = shape[-1]
     if graph.shape(output) != (1, channels) or shape[0] != 1:
         return False
     channel = graph.moved(np.broadcast_to(np.arange(channels), shape), moves)
-    gone = tuple({int(axis) % channel.ndim for axis in over.constant.view(np.int32)})
+    gone = tuple({axis % channel.ndim for axis in over})
     least, most = channel.min(axis=gone).reshape(-1), channel.max(axis=gone).reshape(-1)
     if not (least == np.arange(channels)).all() or not (most == least).all():
         return False
@@ -431,8 +429,8 @@ def _still(graph: _Graph, place: int) -> bool:
             if (graph.moved(order, moves).reshape(-1) == order.reshape(-1)).all():
                 if is_same:
                     return graph.leave_out(operator, first)
-                told = [t for mover in moves for t in mover.inputs[1:] if graph.is_told(t)][:1]
-                lengths = [graph.constant(like, np.array(shape)) for like in told]
+                told = (t for mover in moves for t in mover.inputs[1:] if graph.integers(t))
+                lengths = [graph.constant(like, np.array(shape)) for like in islice(told, 1)]
                 options = schema.ReshapeOptionsT(newShape=list(shape))
                 return graph.exchange(operator, "RESHAPE", (first, *lengths), output, options)
         first = moves.pop().outputs[0]
