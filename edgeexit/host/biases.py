@@ -4,8 +4,8 @@ Make room for biases that an int8 product cannot hold: those of channels (almost
 Callers see with_whole_biases. A bias is stored in steps of its input's scale times its channel's
 weight scale. Where pruning has set a filter's weights to zero, ai-edge-quantizer writes a scale
 near 1e-11; the bias, which is all that the filter still says, becomes the largest 32-bit number
-and means next to nothing, and XNNPACK does not take such a channel over. Zeros are zeros at any
-scale, so these channels get one at which their bias fits.
+and means next to nothing. Zeros are zeros at any scale, so these channels get one at which their
+bias fits.
 """
 
 from collections import Counter
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SUMS = {"int8": "int32", "int16": "int64"}  # dtype of activations -> of the biases beside them
 _LARGEST_BIAS = 2.0**30  # half of what 32 bits hold, so that the sum on top of it fits, too
-_LEAST_RATIO = 2.0**-30  # of a product's step to its output's: XNNPACK's own least is 2**-32
+_LEAST_RATIO = 2.0**-30  # of a product's step to its output's: TFLite shifts by 31 bits at most
 
 
 def with_whole_biases(model: Model, floats: Model) -> Model:
@@ -31,7 +31,7 @@ def with_whole_biases(model: Model, floats: Model) -> Model:
 
     *floats* is the network that it was made of, with the same names of constants. Only products
     with int8 weights per channel, activations and a bias in integers are looked at, and of their
-    channels only those whose bias needs more than 30 bits or whose scale is too small for XNNPACK.
+    channels only those whose bias needs more than 30 bits or whose steps vanish in the output's.
     Weights that several operators read stay as they are.
     """
     real = {t.name: t for t in floats.tensors if t.constant is not None and t.dtype == "float32"}
